@@ -1,0 +1,400 @@
+"The evidence layer against reference implementations, closed forms, published figures, simulated error rates and degenerate input."
+import json
+import subprocess
+import sys
+import warnings
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+from statsmodels.stats.meta_analysis import effectsize_smd
+from statsmodels.stats.weightstats import CompareMeans, DescrStatsW
+
+from speedrun_nb.core.config import Claim, Guard, Metric, SpeedrunError
+from speedrun_nb.evidence.compare import cohens_d, compare, difference, non_inferiority, relative_interval, welch
+from speedrun_nb.evidence.describe import describe, finite
+from speedrun_nb.evidence.groups import Group, find_group, make_group, select, split
+from speedrun_nb.evidence.verdict import MINIMUM_RUNS, effect_outcome, paragraph
+
+TIME = Metric("time_seconds", "training time", "s", "lower")
+ACCURACY = Metric("accuracy", "accuracy", "%", "higher", scale=100)
+METRICS = {m.name: m for m in (TIME, ACCURACY)}
+CLAIM = Claim("time_seconds", "decrease", 0.01, Guard("accuracy", 0.001))
+
+
+@pytest.fixture(autouse=True)
+def no_warnings():
+    "A warning from numpy or scipy is a case that was not thought of."
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+def group(name, time, accuracy, failed=0, diverged=0, duplicates=0):
+    "A group with these values, one a run."
+    runs = pd.DataFrame(dict(seed=range(len(time)), repeat=0, time_seconds=time, accuracy=accuracy))
+    return Group("cifar", "full", name, f"hash-{name}", {}, runs, failed, diverged, runs.iloc[:duplicates], name)
+
+
+def exact_sample(mean, sd, n):
+    "`n` numbers with exactly this mean and standard deviation."
+    shape = np.linspace(-1, 1, n)
+    return mean + sd * shape / shape.std(ddof=1)
+
+
+def samples(count=40):
+    "Pairs of samples of unequal sizes and spreads."
+    rng = np.random.default_rng(11)
+    for _ in range(count):
+        n, m = rng.integers(2, 30, 2)
+        yield rng.normal(4.3, rng.uniform(0.01, 0.5), n), rng.normal(4.4, rng.uniform(0.01, 0.5), m)
+
+
+# ---------------------------------------------------------------- reference implementations
+
+def test_describe_agrees_with_statsmodels():
+    for sample, _ in samples():
+        d, reference = describe(sample), DescrStatsW(sample)
+        assert d.n == len(sample) and d.missing == 0
+        np.testing.assert_allclose([d.mean, d.sd], [reference.mean, np.sqrt(reference.var_ddof(1))], rtol=1e-12)
+        np.testing.assert_allclose(d.ci95, reference.tconfint_mean(0.05), rtol=1e-12)
+        np.testing.assert_allclose(d.ci99, reference.tconfint_mean(0.01), rtol=1e-12)
+
+
+def test_welch_and_its_interval_agree_with_statsmodels():
+    for v, b in samples():
+        reference = CompareMeans(DescrStatsW(v), DescrStatsW(b))
+        result, d = welch(v, b), difference(v, b, TIME)
+        np.testing.assert_allclose([result.statistic, result.pvalue, result.df], reference.ttest_ind(usevar="unequal"), rtol=1e-9)
+        np.testing.assert_allclose(d.ci95, reference.tconfint_diff(usevar="unequal"), rtol=1e-9)
+        assert (d.better is not None) == (result.pvalue < 0.05) == (not d.ci95[0] <= 0 <= d.ci95[1])
+
+
+def test_guard_agrees_with_statsmodels_in_both_directions():
+    for v, b in samples():
+        reference = CompareMeans(DescrStatsW(v), DescrStatsW(b))
+        lower, higher = (non_inferiority(v, b, replace(TIME, better=better), 0.05) for better in ("lower", "higher"))
+        assert np.isclose(lower.p, reference.ttest_ind("smaller", "unequal", 0.05)[1], rtol=1e-9)
+        assert np.isclose(higher.p, reference.ttest_ind("larger", "unequal", -0.05)[1], rtol=1e-9)
+        low, high = reference.tconfint_diff(0.10, "two-sided", "unequal")  # a 90 % interval: its ends are one-sided 95 % bounds
+        np.testing.assert_allclose([lower.lower_bound, lower.bound, -higher.bound, -higher.lower_bound], [low, high, low, high], rtol=1e-9)
+        if min(len(v), len(b)) >= MINIMUM_RUNS:
+            assert lower.outcome == ("kept" if high < 0.05 else "broken" if low > 0.05 else "undecided")
+            assert higher.outcome == ("kept" if low > -0.05 else "broken" if high < -0.05 else "undecided")
+
+
+def test_cohens_d_agrees_with_statsmodels():
+    for v, b in samples():
+        correction = 1 - 3 / (4 * (len(v) + len(b)) - 9)  # statsmodels gives Hedges' g
+        g, _ = effectsize_smd(v.mean(), v.std(ddof=1), len(v), b.mean(), b.std(ddof=1), len(b))
+        assert np.isclose(cohens_d(v, b, "higher"), g / correction, rtol=1e-9)
+        assert cohens_d(v, b, "lower") == -cohens_d(v, b, "higher")
+
+
+def test_relative_interval_is_welch_inverted():
+    for v, b in samples():
+        interval = relative_interval(v, b)
+        if interval is None: continue
+        for edge in interval:
+            assert np.isclose(CompareMeans(DescrStatsW(v), DescrStatsW((1 + edge) * b)).ttest_ind(usevar="unequal")[1], 0.05, rtol=1e-6)
+        assert interval[0] < v.mean() / b.mean() - 1 < interval[1]
+        assert (interval[0] <= 0 <= interval[1]) == (welch(v, b).pvalue >= 0.05)  # never at odds with the p-value
+
+
+def test_relative_interval_has_fiellers_closed_form_for_a_baseline_that_does_not_vary():
+    v = np.array([0.8, 0.9, 1.0, 1.1])
+    np.testing.assert_allclose(relative_interval(v, [2.0] * 6), np.array(describe(v).ci95) / 2 - 1, rtol=1e-9)
+
+
+def test_relative_interval_is_free_of_units():
+    v, b = next(samples(1))
+    np.testing.assert_allclose(relative_interval(1e9 * v, 1e9 * b), relative_interval(v, b), atol=1e-9)
+    np.testing.assert_allclose(relative_interval(1e-9 * v, 1e-9 * b), relative_interval(v, b), atol=1e-9)
+
+
+# ---------------------------------------------------------------- published figures
+
+def test_published_cifar_figures_follow_from_their_summaries():
+    "The published 2,400-run study of a deterministic crop, from its printed means and deviations (A100, pooled over two machines)."
+    b, v = exact_sample(5.1702, 0.6885, 400), exact_sample(5.0254, 0.6417, 2000)
+    np.testing.assert_allclose(describe(b).ci95, [5.1025, 5.2379], atol=6e-5)
+    np.testing.assert_allclose(describe(v).ci95, [4.9972, 5.0535], atol=6e-5)
+    d = difference(v, b, TIME)
+    assert np.isclose(welch(v, b).pvalue, 1.1588e-4, rtol=0.02) and np.isclose(d.relative, -0.028009, atol=2e-5)
+    b, v = exact_sample(0.940283, 0.001204, 400), exact_sample(0.939680, 0.001268, 2000)
+    np.testing.assert_allclose(describe(b).ci99, [0.940127, 0.940439], atol=1e-6)
+    np.testing.assert_allclose(describe(v).ci99, [0.939607, 0.939753], atol=1e-6)
+    assert np.isclose(np.log10(welch(v, b).pvalue), np.log10(1.859e-18), atol=0.05) and difference(v, b, ACCURACY).better is False
+    b, v = exact_sample(4.4851, 0.0335, 200), exact_sample(4.3998, 0.0074, 1000)
+    assert np.isclose(cohens_d(v, b, "lower"), 5.5994, atol=0.02) and np.isclose(difference(v, b, TIME).relative, -0.019011, atol=2e-5)
+
+
+def test_published_hardswish_benchmark():
+    "Hardswish against GELU, 200 runs each: faster, and the accuracy guard breaks."
+    baseline = group("gelu", exact_sample(4.052, 0.024, 200), exact_sample(0.94009, 0.00133, 200))
+    variant = group("hardswish", exact_sample(4.016, 0.016, 200), exact_sample(0.93763, 0.00139, 200))
+    c = compare(baseline, variant, Claim("time_seconds", "decrease", 0.005, Guard("accuracy", 0.001)), METRICS)
+    reference = stats.ttest_ind_from_stats(4.016, 0.016, 200, 4.052, 0.024, 200, equal_var=False)
+    np.testing.assert_allclose([c.tests.welch.t, c.tests.welch.p], reference, rtol=1e-6)
+    assert c.difference.better is True and effect_outcome(c) == "established"
+    assert c.guard.outcome == "broken" and c.verdict.outcome == "refuted" and "the guard is broken" in paragraph(c)
+
+
+# ---------------------------------------------------------------- error rates
+
+# runs and standard deviations of variant and baseline, as fractions of the baseline's mean
+SCENARIOS = [(5, 5, 0.01, 0.01), (20, 20, 0.01, 0.03), (30, 6, 0.05, 0.01), (8, 8, 0.2, 0.2)]
+REPLICATES = 40_000
+
+
+def simulate(n, m, sd_v, sd_b, mean_v=1.0, replicates=REPLICATES):
+    "Many experiments: (replicates, n) values of a variant, (replicates, m) of a baseline with mean 1."
+    rng = np.random.default_rng(20)
+    return rng.normal(mean_v, sd_v, (replicates, n)), rng.normal(1.0, sd_b, (replicates, m))
+
+
+def p_values(v, b, alternative="two-sided"):
+    "Welch's test along the rows; `test_rows_are_welch` ties it to what the package computes."
+    return stats.ttest_ind(v, b, axis=1, equal_var=False, alternative=alternative).pvalue
+
+
+def near(rate, nominal, tolerance=0.004):
+    "Is an error rate nominal, up to Monte Carlo error and what Welch's approximation is known to leave?"
+    return abs(rate - nominal) < tolerance + 4 * np.sqrt(nominal * (1 - nominal) / REPLICATES)
+
+
+def test_rows_are_welch():
+    v, b = simulate(*SCENARIOS[2], replicates=50)
+    np.testing.assert_allclose(p_values(v, b), [welch(x, y).pvalue for x, y in zip(v, b, strict=True)], rtol=1e-9)
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_type_one_error_and_coverage(scenario):
+    assert near((p_values(*simulate(*scenario)) < 0.05).mean(), 0.05)
+    v, b = simulate(*scenario, mean_v=0.9)
+    assert near((p_values(v + 0.1, b) < 0.05).mean(), 0.05)    # ci95 misses the true difference
+    assert near((p_values(v, 0.9 * b) < 0.05).mean(), 0.05)    # ci95_relative misses the true relative difference
+    covered, tenable = [], []
+    for x, y in zip(v[:150], b[:150], strict=True):             # that these are what the intervals do
+        d = difference(x, y, TIME)
+        covered += [d.ci95[0] <= -0.1 <= d.ci95[1], d.ci95_relative[0] <= -0.1 <= d.ci95_relative[1]]
+        tenable += [welch(x + 0.1, y).pvalue >= 0.05, welch(x, 0.9 * y).pvalue >= 0.05]
+    assert covered == tenable and np.mean(covered) > 0.88
+
+
+def test_dividing_the_absolute_interval_would_cover_too_little():
+    "Why the relative interval is not the absolute one over the baseline's mean."
+    v, b = simulate(6, 6, 0.02, 0.2, mean_v=0.5, replicates=20_000)
+    result = stats.ttest_ind(v, b, axis=1, equal_var=False).confidence_interval(0.95)
+    naive = np.array([result.low, result.high]) / b.mean(1)
+    assert ((naive[0] <= -0.5) & (-0.5 <= naive[1])).mean() > 0.99  # far too wide here ...
+    v, b = simulate(6, 6, 0.02, 0.2, mean_v=2.0, replicates=20_000)
+    result = stats.ttest_ind(v, b, axis=1, equal_var=False).confidence_interval(0.95)
+    naive = np.array([result.low, result.high]) / b.mean(1)
+    assert ((naive[0] <= 1) & (1 <= naive[1])).mean() < 0.80        # ... and far too narrow there
+    assert near((p_values(v, 2 * b) < 0.05).mean(), 0.05)
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_false_kept_and_false_broken_at_exactly_the_margin(scenario):
+    margin = 0.02
+    v, b = simulate(*scenario, mean_v=1 + margin)
+    assert (p_values(v, b + margin, "less") < 0.05).mean() < 0.05 + 4 * np.sqrt(0.05 * 0.95 / REPLICATES)
+    assert near((p_values(v, b + margin, "greater") < 0.05).mean(), 0.05)
+    outcomes = [non_inferiority(x, y, TIME, margin).outcome for x, y in zip(v[:200], b[:200], strict=True)]
+    kept, broken = p_values(v[:200], b[:200] + margin, "less") < 0.05, p_values(v[:200], b[:200] + margin, "greater") < 0.05
+    assert outcomes == np.select([kept, broken], ["kept", "broken"], "undecided").tolist()
+
+
+@pytest.mark.parametrize("at_least", [0.0, 0.05])
+def test_false_verdicts_when_the_effect_is_exactly_as_claimed(at_least):
+    "On the boundary either false verdict has half of 5 %."
+    v, b = simulate(8, 8, 0.03, 0.05, mean_v=1 - at_least)
+    supported, refuted = (p_values(v, (1 - at_least) * b, alternative) < 0.025 for alternative in ("less", "greater"))
+    assert near(supported.mean(), 0.025, 0.001) and near(refuted.mean(), 0.025, 0.001)
+    expected = np.select([supported, refuted], ["supported", "refuted"], "undecided")
+    rows = np.concatenate([np.flatnonzero(supported)[:15], np.flatnonzero(refuted)[:15], np.arange(150)])
+    claim, accuracy = Claim("time_seconds", "decrease", at_least), np.full(8, 0.94)
+    assert [compare(group("b", b[i], accuracy), group("v", v[i], accuracy), claim, METRICS).verdict.outcome for i in rows] == expected[rows].tolist()
+
+
+def test_no_effect_and_a_ruined_metric_are_rarely_supported():
+    "Time unchanged, accuracy worse by twice the margin: `supported` would need two errors at once."
+    rng = np.random.default_rng(5)
+    outcomes = []
+    for _ in range(100):
+        b = group("b", rng.normal(4.4, 0.05, 10), rng.normal(0.940, 0.001, 10))
+        outcomes.append(compare(b, group("v", rng.normal(4.4, 0.05, 10), rng.normal(0.938, 0.001, 10)), CLAIM, METRICS).verdict.outcome)
+    assert "supported" not in outcomes and outcomes.count("refuted") > 50
+
+
+# ---------------------------------------------------------------- verdicts
+
+def test_claims_to_increase():
+    claim = Claim("accuracy", "increase", 0.001, Guard("time_seconds", 0.1))
+    baseline = group("baseline", exact_sample(4.4, 0.05, 20), exact_sample(0.940, 0.001, 20))
+    outcomes = {}
+    for accuracy, time in product((0.942, 0.940, 0.938), (4.4, 5.0)):
+        c = compare(baseline, group("v", exact_sample(time, 0.05, 20), exact_sample(accuracy, 0.001, 20)), claim, METRICS)
+        outcomes[accuracy, time] = c.verdict.outcome
+    assert outcomes == {(0.942, 4.4): "supported", (0.942, 5.0): "refuted", (0.940, 4.4): "refuted", (0.940, 5.0): "refuted",
+                        (0.938, 4.4): "refuted", (0.938, 5.0): "refuted"}
+
+
+def test_too_few_runs_are_undecided_however_large_the_effect():
+    for n, m in ((4, 50), (50, 4), (2, 2)):
+        c = compare(group("b", exact_sample(4.4, 0.01, n), exact_sample(0.94, 1e-5, n)),
+                    group("v", exact_sample(2.2, 0.01, m), exact_sample(0.94, 1e-5, m)), CLAIM, METRICS)
+        assert c.verdict.outcome == c.guard.outcome == "undecided" and "too early" in paragraph(c)
+        assert c.difference.better is True  # the figures are there; only the verdict waits
+    five = compare(group("b", exact_sample(4.4, 0.01, 5), exact_sample(0.94, 1e-5, 5)), group("v", exact_sample(2.2, 0.01, 5), exact_sample(0.94, 1e-5, 5)), CLAIM, METRICS)
+    assert five.verdict.outcome == "supported"
+
+
+def test_too_few_values_of_the_guards_metric_do_not_support():
+    v = group("v", exact_sample(4.2, 0.01, 10), [0.94, 0.941, 0.942, 0.943] + [None] * 6)
+    c = compare(group("b", exact_sample(4.4, 0.01, 10), exact_sample(0.93, 0.001, 10)), v, CLAIM, METRICS)
+    assert c.guard.outcome == c.verdict.outcome == "undecided" and "guard is not judged yet" in paragraph(c)
+
+
+def test_words_never_leave_the_direction_open():
+    b = group("b", exact_sample(4.4, 0.05, 20), exact_sample(0.94, 0.001, 20))
+    for time, words in ((4.2, "0.200 s less, which is better"), (4.6, "0.200 s more, which is worse"), (4.39, "0.010 s less, which would be better, but it is not significant")):
+        assert words in paragraph(compare(b, group("v", exact_sample(time, 0.05, 20), exact_sample(0.94, 0.001, 20)), CLAIM, METRICS))
+    c = compare(b, group("v", exact_sample(4.4, 0.05, 20), exact_sample(0.95, 0.001, 20)), None, METRICS, "accuracy")
+    assert "1.00 percentage points more, which is better" in paragraph(c) or "1.000 percentage points more, which is better" in paragraph(c)
+
+
+def test_claim_on_another_metric_decides_nothing():
+    b, v = (group(n, exact_sample(t, 0.01, 10), exact_sample(0.94, 0.001, 10)) for n, t in (("b", 4.4), ("v", 4.2)))
+    c = compare(b, v, CLAIM, METRICS, metric="accuracy")
+    assert c.claim is None and c.guard is None and c.verdict.outcome == "undecided" and "No claim about accuracy" in paragraph(c)
+
+
+# ---------------------------------------------------------------- degenerate input
+
+VARIED, EQUAL, SAME, ZERO = [4.3, 4.4, 4.5, 4.35, 4.45, 4.42], [4.4] * 6, [0.1 + 0.2, 0.3] * 3, [0.0] * 6
+HARD = {"varied": VARIED, "equal": EQUAL, "equal but for rounding": SAME, "zero": ZERO, "around zero": [-1.0, 1.0, -1.0, 1.0, 0.5, -0.5],
+        "negative": [-x for x in VARIED], "one": [4.4], "two": [4.4, 4.5], "none": [], "missing": [None] * 6, "some missing": [4.4, None, float("nan"), 4.5, 4.6, 4.41, 4.39],
+        "infinite": [float("inf"), 4.4, 4.5, 4.6, 4.45, 4.55], "tiny": [1e-12, 2e-12, 1.5e-12, 1e-12, 1.2e-12], "huge": [1e15, 1e15 + 1, 1e15 + 2, 1e15, 1e15 + 1]}
+
+
+@pytest.mark.parametrize("b,v", list(product(HARD, HARD)))
+def test_hard_samples_end_in_a_clear_statement(b, v):
+    for claim in (CLAIM, None):
+        c = compare(group("base", HARD[b], HARD[b], failed=1), group("var", HARD[v], HARD[v], diverged=2), claim, METRICS, "time_seconds")
+        text = json.dumps(c.as_dict(), allow_nan=False)  # refuses NaN and infinities
+        assert json.loads(text) == c.as_dict()
+        words = paragraph(c)
+        assert not any(bad in words for bad in ("nan", "inf", "None", "not known.", "-0.0")), words
+        assert words.endswith(".") and "2 diverged" in words and "1 failed" in words
+        if claim is None or min(c.baseline.n, c.variant.n) < MINIMUM_RUNS: assert c.verdict.outcome == "undecided"
+        if c.tests.welch is None: assert c.difference.better is c.difference.ci95 is c.difference.ci95_relative is c.effect.cohens_d is None
+
+
+def test_rounding_errors_are_not_significant():
+    assert welch([0.1 + 0.2] * 6, [0.3] * 6) is None
+    c = compare(group("b", [0.3] * 6, [0.9] * 6), group("v", [0.1] * 6, [0.9] * 6), CLAIM, METRICS)
+    assert c.tests.welch is None and c.verdict.outcome == "undecided" and "all runs gave the same value" in paragraph(c)
+
+
+def test_a_baseline_mean_of_zero_has_no_relative_change():
+    c = compare(group("b", HARD["around zero"], HARD["varied"]), group("v", VARIED, VARIED), Claim("time_seconds", "decrease", 0.01), METRICS)
+    assert c.difference.relative is None and c.difference.ci95 and c.verdict.outcome == "undecided" and "not above zero" in paragraph(c)
+    c = compare(group("b", [0.1, -0.1, 0.2, -0.1, 0.1], VARIED[:5]), group("v", VARIED, VARIED), Claim("time_seconds", "decrease", 0.01), METRICS)
+    assert c.difference.relative and c.difference.ci95_relative is None and "cannot be told from zero" in paragraph(c)
+
+
+def test_a_metric_that_no_run_has():
+    metrics = METRICS | {"loss": Metric("loss", "validation loss", "", "lower")}
+    c = compare(group("b", VARIED, VARIED), group("v", VARIED, VARIED), None, metrics, "loss")
+    assert c.variant.n == 0 and c.variant.missing == 6 and "no completed run of v or of b with validation loss" in paragraph(c)
+
+
+def test_words_among_the_values_are_refused():
+    with pytest.raises(ValueError): finite([4.4, "fast"])
+
+
+def test_what_cannot_be_compared():
+    b, v = group("b", VARIED, VARIED), group("v", VARIED, VARIED)
+    for pair, words in (((b, b), "same group"), ((b, replace(v, profile="demo")), "profile"), ((replace(b, study="gpt"), v), "study")):
+        with pytest.raises(SpeedrunError, match=words): compare(*pair, CLAIM, METRICS)
+    with pytest.raises(SpeedrunError, match='Did you mean "time_seconds"'): compare(b, v, CLAIM, METRICS, "time_second")
+    with pytest.raises(SpeedrunError, match="which metric"): compare(b, v, None, METRICS)
+
+
+# ---------------------------------------------------------------- the documented object
+
+def test_json_shape():
+    c = compare(group("b", VARIED, VARIED), group("v", VARIED, VARIED), CLAIM, METRICS).as_dict()
+    assert c["schema"] == 1
+    assert list(c) == ["schema", "study", "profile", "metric", "claim", "baseline", "variant", "difference", "tests", "effect", "guard", "verdict"]
+    described = ["n", "missing", "mean", "sd", "median", "min", "max", "ci95", "ci99"]
+    assert list(c["baseline"]) == list(c["variant"]) == described + ["name", "variant", "config_hash", "failed", "diverged", "duplicates"]
+    assert list(c["difference"]) == ["absolute", "relative", "ci95", "ci95_relative", "better"]
+    assert list(c["tests"]["welch"]) == ["t", "df", "p"] and list(c["effect"]) == ["cohens_d"]
+    assert list(c["guard"]) == ["metric", "margin", "baseline", "variant", "difference", "bound", "lower_bound", "p", "outcome"]
+    assert list(c["guard"]["baseline"]) == described and list(c["verdict"]) == ["outcome", "reasons"]
+
+
+# ---------------------------------------------------------------- groups
+
+def record(seed=0, variant="baseline", config_hash="aaaa11112222", status="completed", started_at="2026-01-01T00:00:00+00:00", profile="demo", **more):
+    return dict(run_id=f"{variant}{config_hash}{profile}{seed}", study="cifar", profile=profile, variant=variant, config={"epochs": 1}, config_hash=config_hash,
+                seed=seed, repeat=0, batch="b", status=status, started_at=started_at, time_seconds=1.0) | more
+
+
+def test_the_earliest_of_several_completed_runs_counts_in_any_order_and_time_zone():
+    rows = [record(started_at="2026-01-01T11:30:00+02:00", batch="first"),     # 09:30 UTC
+            record(started_at="2026-01-01T10:00:00Z", batch="second"),
+            record(started_at="2026-01-01T10:00:00.250+00:00", batch="third"),
+            record(started_at="2026-01-01T01:00:00+00:00", batch="never", status="failed")]  # a failed try is no result
+    for seed in range(5):
+        g = make_group(pd.DataFrame(rows).sample(frac=1, random_state=seed))
+        assert g.runs.batch.tolist() == ["first"] and g.duplicate_runs.batch.tolist() == ["second", "third"] and g.failed == 1
+
+
+def test_a_run_without_id_is_not_a_duplicate_of_another():
+    g = make_group(pd.DataFrame([record(run_id=None), record(run_id=None), record(started_at=None)]))
+    assert len(g.runs) == 3 and g.duplicates == 0
+
+
+def test_no_run_is_lost():
+    rng = np.random.default_rng(2)
+    frame = pd.DataFrame([record(int(rng.integers(6)), rng.choice(["baseline", "crop"]), rng.choice(["aaaa11112222", "bbbb11112222"]),
+                                 rng.choice(["completed", "failed", "diverged"]), f"2026-01-01T00:00:{i % 60:02d}Z") for i in range(300)])
+    groups = split(select(frame, "cifar"))
+    assert len(groups) == 4 and sum(len(g.runs) + g.failed + g.diverged + g.duplicates for g in groups) == 300
+    for g in groups: assert g.runs.run_id.is_unique and g.runs.seed.is_monotonic_increasing and set(g.runs.status) == {"completed"}
+
+
+def test_names_of_groups():
+    frame = pd.DataFrame([record(0), record(1), record(0, config_hash="aaaa11119999"), record(0, "crop", "cccc")])
+    assert find_group(frame, "baseline", {"baseline": "aaaa11112222"}).config_hash == "aaaa11112222"
+    assert find_group(frame, "crop").name == "crop" and find_group(frame, "crop@c").config_hash == "cccc"
+    assert find_group(frame, "baseline@aaaa11119").name == "baseline@aaaa11119"
+    with pytest.raises(SpeedrunError, match="baseline@aaaa11112 .2 completed runs., baseline@aaaa11119 .1 completed run."): find_group(frame, "baseline")
+    with pytest.raises(SpeedrunError, match="fits 2 groups"): find_group(frame, "baseline@aaaa")
+    with pytest.raises(SpeedrunError, match="other settings"): find_group(frame, "crop", {"crop": "dddd"})
+    with pytest.raises(SpeedrunError, match='Did you mean "crop"'): find_group(frame, "corp")
+
+
+def test_all_failed_is_a_group_too():
+    g = find_group(pd.DataFrame([record(s, status="failed", time_seconds=None) for s in range(3)]), "baseline")
+    assert len(g.runs) == 0 and g.failed == 3 and g.values("time_seconds").empty and describe(g.values("accuracy")).n == 0
+
+
+def test_profiles_are_a_choice():
+    frame = pd.DataFrame([record(0), record(0, profile="full")])
+    assert set(select(frame, "cifar", "full").profile) == {"full"} and set(select(frame.iloc[:1], "cifar").profile) == {"demo"}
+    with pytest.raises(SpeedrunError, match="--profile"): select(frame, "cifar")
+    with pytest.raises(SpeedrunError, match="no runs yet"): select(pd.DataFrame(), "cifar")
+
+
+def test_evidence_does_not_import_torch():
+    code = ("import sys, speedrun_nb.evidence.describe, speedrun_nb.evidence.groups, speedrun_nb.evidence.compare, speedrun_nb.evidence.verdict; "
+            "sys.exit('torch' in sys.modules)")
+    subprocess.run([sys.executable, "-c", code], check=True)

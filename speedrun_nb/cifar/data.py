@@ -87,7 +87,7 @@ def draw_glyphs(
 # %% ../../nbs/cifar/01_data.ipynb #cell-12
 CONTRAST = (0.25, 0.8)  # of the ink, in parts of full brightness
 NOISE = 0.12            # standard deviation, in parts of full brightness
-EMBEDDED_TEST_IMAGES = 2_000
+EMBEDDED_TEST_IMAGES = 1_000
 
 @functools.cache
 def embedded_images()->dict:

@@ -23,7 +23,7 @@ METRICS = {metric.name: metric for metric in (
     Metric("time_seconds", "time", "s", "lower", digits=3, quality=False),
     Metric("accuracy", "accuracy", "%", "higher", scale=100, digits=2),
     Metric("accuracy_plain", "accuracy without test-time augmentation", "%", "higher", scale=100, digits=2),
-    Metric("train_loss", "training loss in the last epoch", "nats", "lower", digits=4),
+    Metric("train_loss", "training loss", "nats", "lower", digits=4),
     Metric("peak_memory_bytes", "peak memory", "MiB", "lower", scale=2**-20, digits=0, quality=False),
 )}
 

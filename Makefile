@@ -1,0 +1,40 @@
+# Two commands do all the set-up: `make report` and `make test`. `make help` lists the rest.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: help report test docs lab export clean
+.DEFAULT_GOAL := help
+
+help:            ## list the targets
+	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
+
+report: $(INSTALLED)   ## train the demo study on this machine (a few minutes on two CPU cores) and render its paper
+	$(BIN)/speedrun sweep params/sweeps/cifar_demo.yaml
+	$(BIN)/speedrun render --profile demo
+
+test: $(INSTALLED)     ## everything that CI checks; changes nothing in the tree
+	$(BIN)/python tests/check_tree.py
+	$(BIN)/ruff check .
+	$(BIN)/nbdev_test
+	$(BIN)/pytest
+
+lab: $(INSTALLED)      ## JupyterLab, for exploring
+	$(BIN)/pip install -q -c constraints.txt -e '.[lab]'
+	$(BIN)/jupyter lab nbs
+
+export: $(INSTALLED)   ## after editing notebooks: write the package, clean the notebooks
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+
+docs: $(INSTALLED)     ## the documentation site, where Quarto is present
+	$(BIN)/nbdev_docs
+
+clean:                 ## remove what can be made again; keeps outputs/
+	rm -rf .venv paper/_output _docs _proc build *.egg-info
+
+$(INSTALLED): constraints.txt settings.ini setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	@touch $@

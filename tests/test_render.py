@@ -1,0 +1,273 @@
+"""Papers are whole, or they are refused: both engines, on a paper that uses everything that papers use."""
+import html
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from speedrun_nb.core.config import SpeedrunError
+from speedrun_nb.report import render as rendering
+from speedrun_nb.report.render import render
+
+PAPER = Path(__file__).parent / "render"
+
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory):
+    "The paper, rendered once: HTML, typst's source, PDF."
+    folder = tmp_path_factory.mktemp("paper") / "paper"
+    shutil.copytree(PAPER, folder)
+    compile_pdf, sources, told = rendering.compile_pdf, [], []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rendering, "compile_pdf", lambda source, work: (sources.append(source), compile_pdf(source, work))[1])
+        result = render(folder, engine="built-in", progress=told.append)
+    assert result.engine.startswith("built-in (pandoc ")
+    assert [path.relative_to(folder.resolve()).as_posix() for path in result.outputs] == ["_output/paper.html", "_output/paper.pdf"]
+    assert told[0] == "paper.qmd: cell 1 of 8" and sorted(path.name for path in (folder / "_output").iterdir()) == ["paper.html", "paper.pdf"]
+    return result.outputs[0].read_text(encoding="utf-8"), sources[0], result.outputs[1]
+
+
+def words(markup):
+    "What a reader of the HTML sees."
+    body = re.sub(r"<(style|annotation)\b.*?</\1>", "", markup, flags=re.DOTALL)
+    return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", "", body)).replace("\u00a0", " "))
+
+
+CAPTIONS = ["Table 1: Values in a table of Markdown", "Table 2: Means over n runs, after Welch (1947).", "Figure 1: Time by variant; see Section 3.",
+            "Figure 2: A dot from a file.", "Figure 3: Computed from 2 rows.", "Table 3: Thirteen columns.", "Table 4: A table with sentences"]
+SECTIONS = ["1 Results", "1.1 Figures", "Notes", "2 Method", "3 Limits", "4 Appendix: all runs", "4.1 baseline", "4.2 small_step", "References"]
+REFERENCES = ("See Table 2 and Figure 1, Table 3, Figure 2, Figure 3, number 1, Section 3, Equation 1, Equation 2 "
+              "and the method of Welch (1947; see also Tufte 2001, ch. 1).")
+
+
+def test_html_says_what_quarto_says(rendered):
+    page = rendered[0]
+    text = words(page)
+    assert [text.count(caption) for caption in CAPTIONS] == [1] * len(CAPTIONS)
+    headings = [words(match).strip() for match in re.findall(r"<h[2-6][^>]*>(.*?)</h[2-6]>", page, re.DOTALL)]
+    assert headings == [*SECTIONS, "Table of contents"]
+    assert REFERENCES in text
+    assert "small_step gains 2.7 % on CIFAR-10 (60000 images), or 2 rows; small_step against a_b*c* <d> $e$ |f| @g." in text
+    assert "Not run: {python} gain, {r} gain." in text and "The title is “Does a smaller step pay?”" in text
+    assert "Two sentences about steps. They cite Welch (1947) and refer to Figure 1." in text and "January 31, 2026" in text
+    assert "Ada Example, Institute of Steps" in text and "total: 14" in text and "ZeroDivisionError: division by zero" in text
+    assert "Only on screen." in text and "Only on paper." not in text and "Hidden on screen." not in text
+    assert "(1)" in text and "(2)" in text and "Threats to validity" in text and "A heading as title" in text
+    assert "An included part that refers back to Figure 1 and runs code: 2 runs." in text
+
+
+def test_html_is_one_file_that_asks_for_nothing(rendered):
+    page = rendered[0]
+    sources = re.findall(r"""\bsrc=["']([^"']*)""", page)
+    assert len(sources) == 3 and all(source.startswith("data:image/svg+xml;base64,") for source in sources)
+    assert not re.search(r"<(script|link|iframe|object)\b|@import|url\(", page)
+    links = re.findall(r"""\bhref=["']([^"']*)""", page)
+    labels = set(re.findall(r"""\bid=["']([^"']*)""", page))
+    assert all(link.startswith("#") and html.unescape(link[1:]) in labels for link in links)
+
+
+def test_html_can_be_read_by_everyone(rendered):
+    page = rendered[0]
+    assert '<html lang="en">' in page and "<title>Does a smaller step pay?</title>" in page and page.count("<math") == 3
+    assert re.findall(r'\balt="([^"]*)"', page) == ["Two bars, the &quot;small&quot; one lower.", "A blue dot.", "The dot again."]
+    assert re.findall(r'callout callout-(\w+)"', page) == ["warning", "note", "tip", "important", "caution"]
+
+
+def test_paper_and_screen_have_the_same_numbers(rendered):
+    _, source, pdf = rendered
+    assert pdf.read_bytes().startswith(b"%PDF")
+    plain = re.sub(r"#(?:link\(<[^>]*>\)|emph|strong)?\[([^\[\]]*)\]", r"\1", re.sub(r"#link\(<[^>]*>\)\[([^\[\]]*)\]", r"\1", source))
+    plain = re.sub(r"\s+", " ", plain.replace("~", " ").replace("\\", ""))
+    assert [caption for caption in CAPTIONS if caption not in plain] == []
+    headings = re.findall(r"^(?:=+ |#heading\(.*?\)\[)(.*?)\]?$", source, re.MULTILINE)
+    assert [re.sub(r"#block\[|[\]\\]", "", heading) for heading in headings] == SECTIONS
+    assert REFERENCES in plain
+    assert "Only on paper." in plain and "Hidden on screen." in plain and "Only on screen." not in plain
+    assert 'alt: "Two bars, the \\"small\\" one lower."' in source and "#pagebreak" in source and source.count("#callout(") == 5
+
+
+@pytest.mark.skipif(not shutil.which("pdftotext"), reason="needs poppler")
+def test_pdf_text(rendered):
+    text = subprocess.run(["pdftotext", "-layout", rendered[2], "-"], capture_output=True, text=True).stdout
+    text = re.sub(r"\s+", " ", text)
+    assert [caption for caption in CAPTIONS if caption not in text] == [] and REFERENCES.replace("-", "‐")[:60] in text.replace("-", "‐")
+    assert [heading for heading in SECTIONS if heading not in text] == []
+
+
+@pytest.fixture
+def paper(tmp_path):
+    "Writes a paper of one document; answers with its folder."
+    def write(body, name="paper.qmd"):
+        for file in ("_quarto.yml", "_variables.yml", "references.bib", "dot.svg"): shutil.copy(PAPER / file, tmp_path)
+        (tmp_path / name).write_text(body, encoding="utf-8")
+        return tmp_path.resolve()
+    return write
+
+
+def refused(folder, *names, **options):
+    "The message with which a paper is refused."
+    with pytest.raises(SpeedrunError) as caught: render(folder, list(names) or None, **{"engine": "built-in"} | options)
+    return str(caught.value)
+
+
+def test_all_mistakes_are_told_at_once(paper):
+    message = refused(paper("""---
+title: "About `{python} n` runs"
+bibliography: [references.bib, nowhere.bib]
+---
+## One {#sec-one}
+
+See @fig-none, @tbl-twice, @sec-on, [@fig-none; @welch1947], @nobody2020, [a link](#nowhere), {{< meta none >}}, {{< var data >}}, {{< video x >}}.
+
+![No such image](none.png){#fig-image}
+
+::: {#tbl-twice}
+| a |
+|---|
+| 1 |
+
+One.
+:::
+
+::: {#tbl-twice}
+| a |
+|---|
+| 1 |
+
+Two.
+:::
+
+::: {#fig-bare}
+![](dot.svg)
+:::
+
+::: {.content-visible when-format="pdf"}
+Text.
+:::
+
+{{< include none.qmd >}}
+"""))
+    assert message.startswith("paper.qmd: 15 mistakes:\n- ")
+    for part in ("title holds `{python} n`", "nowhere.bib does not exist", "@fig-none: nothing", '@sec-on: nothing that is numbered has this label. Did you mean "sec-one"?',
+                 "[@fig-none; @welch1947]: references and citations", "@nobody2020 is not in the bibliography", "the link to #nowhere leads nowhere",
+                 "{{< meta none >}}", "{{< var data >}}", 'no shortcode "video"', "none.png does not exist", "tbl-twice is used twice", "fig-bare has no caption",
+                 'when-format="pdf"', "paper.qmd, line 35: the included file none.qmd does not exist"):
+        assert part in message, part
+
+
+def test_failing_code_leaves_the_last_paper(paper):
+    folder = paper("Fine.\n")
+    outputs = [path.read_bytes() for path in render(folder, engine="built-in").outputs]
+    message = refused(paper("Text\n\n```{python}\n#| label: fig-time\nvalue = 1\nvalue / 0\n```\n"))
+    assert message.startswith("paper.qmd, line 3, cell fig-time: ZeroDivisionError: division by zero") and "----> 2 value / 0" in message
+    assert [path.read_bytes() for path in sorted((folder / "_output").iterdir())] == outputs
+
+
+@pytest.mark.parametrize("body, expected", [
+    ("```{python}\nimport os; os._exit(1)\n```", "line 1: the kernel died"),
+    ("---\njupyter: cobol\n---\n```{python}\n1\n```", 'no Jupyter kernel "cobol"'),
+    ("```{python}\n#| lable: x\n1\n```", 'no cell option "lable". Did you mean "label"?'),
+    ("```{r}\n1\n```", "only {python} cells"),
+    ("```{python}\n", "never closed"),
+    ("---\nformat: {typst: {papersize: b5}}\n---\nText.", 'no papersize "b5"'),
+    ("A value of `{python} no_such_name`.", "NameError"),
+    ("---\ntitle: [\n---\n", "paper.qmd, line 3"),
+])
+def test_refused(paper, body, expected):
+    message = refused(paper(body))
+    assert expected in message and message.startswith("paper.qmd")
+
+
+def test_html_tables_are_for_screens_only(paper):
+    folder = paper('```{python}\n#| label: frame\nimport pandas\npandas.DataFrame({"a": [1]})\n```\n')
+    assert "frame: HTML, which a PDF cannot hold" in refused(folder)
+    assert "<th>a</th>" in render(folder, formats=["html"], engine="built-in").outputs[0].read_text()
+
+
+def test_the_same_document_gives_the_same_file(paper):
+    folder = paper("```{python}\n#| label: fig-a\n#| fig-cap: A line.\nimport matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.show()\n```\n")
+    first, second = (render(folder, formats=["html"], engine="built-in").outputs[0].read_bytes() for _ in range(2))
+    assert first == second and b"data:image/svg+xml" in first
+
+
+def test_choosing_documents(paper):
+    folder = paper("Text.\n")
+    assert [path.name for path in render(folder, ["paper"], formats=["html"], engine="built-in").outputs] == ["paper.html"]
+    assert 'no document "papre" in' in (message := refused(folder, "papre")) and 'Did you mean "paper.qmd"?' in message
+    assert "is outside of" in refused(folder, "../paper")
+    assert 'no format "docx"' in refused(folder, formats=["docx"]) and 'no engine "pandoc"' in refused(folder, engine="pandoc")
+    assert "_quarto.yml cannot be read" in refused(folder / "nowhere")
+
+
+def test_missing_packages_are_named(paper, monkeypatch):
+    folder = paper("Text.\n")
+    for name in ("typst", "pypandoc", "nbclient"):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, name, None)
+            assert refused(folder) == f"rendering without Quarto needs the package {name}: pip install 'speedrun_nb[report]'"
+    blocked = "import sys; sys.modules.update(dict.fromkeys(['typst', 'pypandoc', 'nbclient', 'nbformat'])); import speedrun_nb.report.render"
+    assert subprocess.run([sys.executable, "-c", blocked], capture_output=True).returncode == 0
+
+
+QUARTO = """
+import os, sys
+from pathlib import Path
+if sys.argv[1:] == ["--version"]: sys.exit(print(os.environ.get("FAKE_VERSION", "1.9.38")))
+render, name, to, form = sys.argv[1:]
+assert (render, to) == ("render", "--to") and Path(name).is_file() and os.environ["QUARTO_PYTHON"]
+output = Path("_output", name).with_suffix({"html": ".html", "typst": ".pdf"}[form])
+output.parent.mkdir(exist_ok=True)
+output.write_text("<p>" + os.environ.get("FAKE_TEXT", "Whole."))
+print(os.environ.get("FAKE_WARNING", ""), file=sys.stderr)
+sys.exit(int(os.environ.get("FAKE_EXIT", 0)))
+"""
+
+
+@pytest.fixture
+def quarto(tmp_path, monkeypatch):
+    "A stand-in for Quarto on the search path."
+    folder = tmp_path / "bin with blanks"
+    folder.mkdir()
+    program = folder / "quarto"
+    program.write_text(f"#!{sys.executable}\n{QUARTO}")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder) + os.pathsep + os.environ["PATH"])
+    monkeypatch.delenv("QUARTO_PATH", raising=False)
+    return program
+
+
+def test_quarto_is_used_where_it_is(paper, quarto, monkeypatch):
+    folder = paper("Text.\n", "a paper; touch x.qmd")
+    result = render(folder, ["a paper; touch x"])
+    assert result.engine == "quarto 1.9.38" and [path.name for path in result.outputs] == ["a paper; touch x.html", "a paper; touch x.pdf"]
+    assert all(path.read_text() == "<p>Whole." for path in result.outputs)
+    monkeypatch.setenv("FAKE_VERSION", "99.9.9")
+    assert render(folder, ["a paper; touch x"], formats=["pdf"]).engine == "quarto 99.9.9"
+    assert render(paper("Text.\n"), formats=["html"], engine="built-in").engine.startswith("built-in")
+
+
+def test_quarto_too_old_or_missing(paper, quarto, monkeypatch):
+    folder, told = paper("Text.\n"), []
+    monkeypatch.setenv("FAKE_VERSION", "1.3.450")
+    assert "is version 1.3.450; the papers need 1.5 or newer" in refused(folder, engine="quarto")
+    assert render(folder, formats=["html"], progress=told.append).engine.startswith("built-in") and "1.3.450" in told[0]
+    monkeypatch.setenv("QUARTO_PATH", str(folder / "nothing"))
+    assert "is not a program" in refused(folder, engine="auto")
+
+
+@pytest.mark.parametrize("name, value, expected", [
+    ("FAKE_WARNING", "WARNING (main.lua:22) Unable to resolve crossref @fig-none", "@fig-none"),
+    ("FAKE_WARNING", "[WARNING] Citeproc: citation nobody2020 not found", "nobody2020"),
+    ("FAKE_TEXT", "See <strong>?@fig-none</strong>", "?@fig-none"),
+    ("FAKE_TEXT", "<strong>?meta:titel</strong>", "?meta:titel"),
+    ("FAKE_TEXT", "<img src='none.png'>", "none.png"),
+    ("FAKE_EXIT", "1", "Quarto could not make paper.html"),
+])
+def test_quarto_leaves_no_holes(paper, quarto, monkeypatch, name, value, expected):
+    monkeypatch.setenv(name, value)
+    message = refused(paper("Text.\n"), engine="quarto")
+    assert expected in message and message.startswith("paper.qmd: ")

@@ -28,6 +28,7 @@ export: $(INSTALLED)   ## after editing notebooks: write the package, clean the 
 	$(BIN)/nbdev_clean
 
 docs: $(INSTALLED)     ## the documentation site, where Quarto is present
+	@command -v quarto > /dev/null || { echo "make docs needs Quarto on the PATH: https://quarto.org/docs/get-started"; exit 1; }
 	$(BIN)/nbdev_docs
 
 clean:                 ## remove what can be made again; keeps outputs/

@@ -13,14 +13,14 @@ import pandas as pd
 
 from ..core.config import SpeedrunError, nearest
 
-# %% ../../nbs/evidence/01_groups.ipynb #cell-07
+# %% ../../nbs/evidence/01_groups.ipynb #cell-08
 STATUSES = ("completed", "diverged", "failed")
 
 def _counts(column:pd.Series)->str:
     "The values of a column with how often each occurs, for messages."
     return ", ".join(f'{name} ({n} {"run" if n == 1 else "runs"})' for name, n in column.value_counts().sort_index().items())
 
-# %% ../../nbs/evidence/01_groups.ipynb #cell-08
+# %% ../../nbs/evidence/01_groups.ipynb #cell-09
 def select(
     frame:pd.DataFrame,      # one row per run record
     study:str,               # "cifar"
@@ -42,7 +42,7 @@ def select(
         raise SpeedrunError(f"{study} has runs with the unknown status {', '.join(odd)}; known are {', '.join(STATUSES)}")
     return chosen
 
-# %% ../../nbs/evidence/01_groups.ipynb #cell-11
+# %% ../../nbs/evidence/01_groups.ipynb #cell-12
 @dataclass(frozen=True, eq=False)
 class Group:
     "All runs of one variant with one set of settings in one profile."
@@ -64,7 +64,7 @@ class Group:
         "One value per counted run, in the stored unit; all missing if no run has this metric."
         return self.runs[metric] if metric in self.runs else pd.Series(None, index=self.runs.index, dtype=float)
 
-# %% ../../nbs/evidence/01_groups.ipynb #cell-12
+# %% ../../nbs/evidence/01_groups.ipynb #cell-13
 def make_group(
     rows:pd.DataFrame,  # records of one group, in any order
 )->Group:
@@ -80,7 +80,7 @@ def make_group(
         failed=int((rows["status"] == "failed").sum()), diverged=int((rows["status"] == "diverged").sum()),
         duplicate_runs=completed[again].reset_index(drop=True), name=first["variant"])
 
-# %% ../../nbs/evidence/01_groups.ipynb #cell-16
+# %% ../../nbs/evidence/01_groups.ipynb #cell-17
 def split(
     rows:pd.DataFrame,  # records of one study in one profile, from `select`
 )->list[Group]:         # by variant and config_hash
@@ -88,7 +88,7 @@ def split(
     keys = ["study", "profile", "variant", "config_hash"]
     return [make_group(part) for _, part in rows.groupby(keys, dropna=False, sort=True)]
 
-# %% ../../nbs/evidence/01_groups.ipynb #cell-20
+# %% ../../nbs/evidence/01_groups.ipynb #cell-21
 def _offer(groups:Iterable[Group])->str:
     "How to name each of several groups of one variant, for messages."
     groups = list(groups)
@@ -97,7 +97,7 @@ def _offer(groups:Iterable[Group])->str:
     counts = [f'{n} completed {"run" if n == 1 else "runs"}' for n in (len(g.runs) for g in groups)]
     return ", ".join(f"{g.variant}@{h[:digits]} ({c})" for g, h, c in zip(groups, hashes, counts, strict=True))
 
-# %% ../../nbs/evidence/01_groups.ipynb #cell-21
+# %% ../../nbs/evidence/01_groups.ipynb #cell-22
 def find_group(
     rows:pd.DataFrame,  # records of one study in one profile, from `select`
     name:str,           # a variant, or variant@prefix of a config_hash

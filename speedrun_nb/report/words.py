@@ -26,7 +26,7 @@ def scope(report:StudyReport)->str:
     if report.empty: return how_to_run(report)
     runs, hosts = sum(len(g.runs) for g in report.groups), report.frame["host_id"].nunique()
     data = "embedded synthetic images" if report.notice else f"the data set {report.groups[0].config['data.dataset']}, split {report.groups[0].config['data.split']}"
-    devices = listed(sorted({f"{d} in {p}" for d, p in zip(report.frame["device"], report.frame["precision"], strict=True) if d}))
+    devices = listed(sorted({f"{d.upper()} in {p}" for d, p in zip(report.frame["device"], report.frame["precision"], strict=True) if d}))
     text = f"{count(runs)} of {count(len(report.groups), 'variant')} count here, in the profile {report.profile}, on {data}, made on {count(hosts, 'machine')} ({devices})."
     return f"{text} {report.notice}".strip()
 
@@ -46,7 +46,7 @@ def abstract(report:StudyReport)->str:
     words = [f"the claim of {listed([f'`{v}`' for v in names])} is {outcome}" if len(names) == 1 else f"the claims of {listed([f'`{v}`' for v in names])} are {outcome}"
              for outcome, names in decided.items() if names]
     text = f"{scope(report)} On these runs, {listed(words)}."
-    return text + (" Nothing is decided yet." if len(decided["undecided"]) == len(report.comparisons) else "")
+    return text.replace("On these runs,", "On these runs nothing is decided yet:") if len(decided["undecided"]) == len(report.comparisons) else text
 
 def verdicts(report:StudyReport)->str:
     "A paragraph for each comparison, as Markdown."

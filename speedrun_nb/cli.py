@@ -100,12 +100,12 @@ def runs(study:Annotated[str | None, typer.Argument(help="Name of a study; all b
     "List the runs that were recorded."
     from speedrun_nb.core.project import from_root, load_study
     from speedrun_nb.core.records import read_runs
+    from speedrun_nb.report.tables import cells, main_metrics
     frame, problems = read_runs(from_root(outputs), load_study(study).name if study else None, profile)
     _warn(problems)
     if as_json: print(frame.to_json(orient="records", indent=1))
-    else: _print([{name: row[name] for name in ("study", "profile", "variant", "config_hash", "seed", "repeat", "status")}
-                  | {m.axis: m.show(row[m.name]).rpartition(" ")[0] for m in load_study(row["study"]).metrics.values() if m.name in row}
-                  | {"batch": row["batch"]} for row in frame.to_dict("records")])
+    else: _print([{"study": row["study"], "profile": row["profile"], "variant": row["variant"], "settings": row["config_hash"][:6], "seed": row["seed"], "status": row["status"]}
+                  | cells(row, main_metrics(load_study(row["study"]))) | {"batch": row["batch"]} for row in frame.to_dict("records")])
 
 # %% ../nbs/cli.ipynb #cell-09
 @app.command()
@@ -116,10 +116,8 @@ def run(study:StudyName, parameters:Annotated[list[str] | None, typer.Option("-p
 
     Example: `speedrun run cifar -p variant det_crop -p seeds 0:8`
     """
-    from speedrun_nb.sweep.execute import prepare, run_notebook
-    given = dict(pair.split("\0", 1) for pair in parameters or ())
-    print(prepare(study, given), file=sys.stderr)
-    print(run_notebook(study, given))
+    from speedrun_nb.sweep.execute import run_notebook
+    print(run_notebook(study, dict(pair.split("\0", 1) for pair in parameters or ())))
 
 @app.command()
 def sweep(file:Annotated[str, typer.Argument(help="A sweep file, such as params/sweeps/cifar_demo.yaml.", show_default=False)], outputs:Outputs="outputs",
@@ -161,7 +159,7 @@ def compare(study:StudyName, baseline:Annotated[str, typer.Argument(help="A vari
     _print([{"": side.name, "runs": side.n, **{name: shown.show(getattr(side, name)) for name in ("mean", "sd", "median", "min", "max")},
              "95 % interval of the mean": " to ".join(map(shown.show, side.ci95)) if side.ci95 else "not known"} for side in sides], f"{chosen.title}, profile {result.profile}: {shown.label}")
     print(f"\n{result.verdict.outcome}\n\n{paragraph(result)}")
-    if note := chosen.notice(frame.iloc[0]["config"]): print(f"\n{note}")
+    if note := chosen.notice(frame[frame["profile"] == result.profile].iloc[0]["config"]): print(f"\n{note}")
 
 @app.command()
 def render(document:Annotated[str | None, typer.Argument(help="A document in paper/, such as cifar10; all by default.", show_default=False)]=None,

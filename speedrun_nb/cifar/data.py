@@ -28,12 +28,17 @@ def read_batch(
     records = torch.frombuffer(bytearray(Path(path).read_bytes()), dtype=torch.uint8).view(-1, 3073)
     return records[:, 1:].reshape(-1, 3, 32, 32).permute(0, 2, 3, 1).contiguous(), records[:, 0].long()
 
+@functools.cache
+def _mean_and_std(dtype, device):
+    "Made once: a copy to a GPU within the training loop would make the host wait for it."
+    return [torch.tensor(values, dtype=dtype, device=device) for values in (MEAN, STD)]
+
 def normalize(
     images:torch.Tensor,  # (n, h, w, 3) uint8
     dtype:torch.dtype,    # of the result
 )->torch.Tensor:          # (n, 3, h, w), channels-last in memory
     "Scale to mean 0 and standard deviation 1 by channel, computed in `dtype`."
-    mean, std = (torch.tensor(v, dtype=dtype, device=images.device) for v in (MEAN, STD))
+    mean, std = _mean_and_std(dtype, images.device)
     return ((images.to(dtype) / 255 - mean) / std).permute(0, 3, 1, 2)
 
 # %% ../../nbs/cifar/01_data.ipynb #cell-07

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .config import SpeedrunError, nearest, parse_yaml
+from .config import SpeedrunError, nearest, parse_yaml, show_setting
 from .project import Variant, from_root, load_study, project_root, resolve
 from .provenance import Provenance, host_id, machine_state, package_hash, utc_now
 from .records import Progress, Ready, Result, append_record, make_record
@@ -57,7 +57,7 @@ class BatchPlan:
     def __str__(self):
         variant = self.variant
         lines = [f"{variant.study.title}: {variant.name} ({variant.title}), profile {variant.profile}, {len(self.seeds)} run(s), seeds {', '.join(map(str, self.seeds))}"]
-        lines += [f"  {name}: {new} (baseline: {old})" for name, (old, new) in variant.changed.items()] or ["  all settings are the baseline's"]
+        lines += [f"  {name}: {show_setting(new)} (baseline: {show_setting(old)})" for name, (old, new) in variant.changed.items()] or ["  all settings are the baseline's"]
         if note := variant.study.notice(variant.flat): lines.append(f"  {note}")
         return "\n".join([*lines, f"  records: {self.folder}"])
 
@@ -176,20 +176,21 @@ class ProgressBars:
     def __init__(
         self,
         label:str,     # before the seed: the variant's name
+        file=None,     # where to; standard error by default
     ):
-        self.label, self.bar = label, None
+        self.label, self.file, self.bar = label, file or sys.stderr, None
 
     def __call__(self, event)->None:
         if isinstance(event, Ready): self._say(f"{self.label}: {event.device}, {event.precision}, {event.threads} threads; warm-up {event.warmup_seconds:.1f} s (not timed)")
         if isinstance(event, Progress): self._advance(event)
         if isinstance(event, Result): self._finish(event)
 
-    def _say(self, text): print(text, file=sys.stderr, flush=True)
+    def _say(self, text): print(text, file=self.file, flush=True)
 
     def _advance(self, event):
         try: from tqdm import tqdm
         except ModuleNotFoundError: return
-        if self.bar is None: self.bar = tqdm(total=event.steps, desc=f"{self.label} seed {event.seed}", unit="step", mininterval=0.5, file=sys.stderr)
+        if self.bar is None: self.bar = tqdm(total=event.steps, desc=f"{self.label} seed {event.seed}", unit="step", mininterval=2, file=self.file)
         self.bar.set_postfix_str(event.message or self.bar.postfix or "", refresh=False)
         self.bar.update(event.step - self.bar.n)
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SpeedrunError', 'nearest', 'one_of', 'parse_yaml', 'read_yaml', 'Metric', 'Guard', 'Claim', 'read_claim', 'setting',
-           'schema_fields', 'check_value', 'flatten', 'check_settings', 'build', 'to_flat', 'config_hash']
+           'schema_fields', 'check_value', 'flatten', 'check_settings', 'build', 'to_flat', 'show_setting',
+           'config_hash']
 
 # %% ../../nbs/core/00_config.ipynb #cell-03
 import dataclasses
@@ -285,6 +286,11 @@ def _instantiate(schema, flat, prefix):
 def to_flat(settings)->dict:
     "The inverse of `build`: dotted names and plain values."
     return flatten(dataclasses.asdict(settings), "settings")
+
+def show_setting(value)->str:
+    "A setting's value for readers."
+    if isinstance(value, (list, tuple)): return ", ".join(map(str, value))
+    return "none" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
 
 def config_hash(
     flat:Mapping,  # every setting, by dotted name

@@ -10,6 +10,7 @@ __all__ = ['DataFile', 'DataSet', 'check_file', 'cache_folder', 'data_folders', 
 import hashlib
 import os
 import tarfile
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,8 +56,10 @@ def check_file(
 # %% ../../nbs/core/05_data.ipynb #cell-09
 def cache_folder(dataset:DataSet)->Path:
     "Where downloads of a data set are kept."
-    try: import pooch
-    except ModuleNotFoundError: return Path.home() / ".cache" / "speedrun_nb" / dataset.name
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its progress bar misses widgets in a notebook, which is of no use to anyone here
+        try: import pooch
+        except ModuleNotFoundError: return Path.home() / ".cache" / "speedrun_nb" / dataset.name
     return pooch.os_cache("speedrun_nb") / dataset.name
 
 def data_folders(dataset:DataSet)->list[Path]:

@@ -132,7 +132,7 @@ def read_runs(
     return frame.sort_values(["started_at", "run_id"], kind="stable", ignore_index=True), problems
 
 FIELDS = ("schema run_id study profile variant config config_hash seed repeat batch block order host_id device precision threads package_hash "
-          "status error started_at ended_at time_seconds clock peak_memory_bytes fingerprint curve").split()
+          "status error started_at ended_at time_seconds regions clock peak_memory_bytes fingerprint curve").split()
 
 def _row(record):
     "A record with its metrics as fields; fields that it lacks are None."

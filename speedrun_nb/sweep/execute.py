@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from ..core.batch import PARAMETERS, BatchPlan, batch_name, notebook_parameters, plan_batch
+from ..core.batch import BatchPlan, batch_name, notebook_parameters, plan_batch
 from ..core.config import SpeedrunError
 from ..core.project import from_root, project_root
 from .plan import PlannedBatch, Sweep, completed_run_ids, plan
@@ -33,13 +33,14 @@ def run_notebook(
     import papermill
     from papermill.exceptions import PapermillExecutionError
     checked = prepare(study, parameters)
-    given = {name: value for name, value in parameters.items() if name in PARAMETERS} | {"batch": checked.batch, "profile": checked.variant.profile, "outputs": str(checked.outputs)}
+    given = dict(parameters) | {"batch": checked.batch, "profile": checked.variant.profile, "outputs": str(checked.outputs)}
     target = checked.folder / "notebook.ipynb"
     try: checked.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error: raise SpeedrunError(f"outputs: {checked.folder} cannot be written ({error.strerror}). Give a folder that can, with outputs=FOLDER.") from None
+    show = sys.stderr if echo else None
     try:
-        papermill.execute_notebook(str(project_root() / "nbs" / f"run_{study}.ipynb"), str(target), given, kernel_name="python3", progress_bar=False,
-                                   cwd=str(project_root()), stdout_file=sys.stderr if echo else None, stderr_file=sys.stderr if echo else None)
+        papermill.execute_notebook(project_root() / "nbs" / f"run_{study}.ipynb", target, given, kernel_name="python3", progress_bar=False, cwd=project_root(),
+                                   stdout_file=show, stderr_file=show, coalesce_streams=True, extra_arguments=["--IPKernelApp.log_level=ERROR"])
     except PapermillExecutionError as error:
         message = error.evalue if error.ename == "SpeedrunError" else f"{error.ename}: {error.evalue}"
         raise SpeedrunError(f"{message}\nThe executed notebook: {target}") from None

@@ -68,6 +68,7 @@ def doctor(as_json:JSON=False):
     from speedrun_nb.core.device import cpu_flags, cpu_has_bf16, pick_device
     from speedrun_nb.core.project import choose_profile, load_dataset, load_study, project_root
     from speedrun_nb.core.provenance import machine_state
+    from speedrun_nb.report.quarto import find_quarto
     from speedrun_nb.report.render import engine_of
     state = machine_state(project_root())
     found = find_folder(load_dataset("cifar10"))
@@ -76,7 +77,7 @@ def doctor(as_json:JSON=False):
         "packages": ", ".join(f"{name} {version}" for name, version in state["packages"].items() if name != "speedrun_nb"),
         "device": f"{pick_device().type}" + "".join(f"; {gpu['name']}, driver {gpu['driver_version']}" for gpu in state["gpus"]),
         "CPU": f"{state['cpu']}, {state['cpu_count']} threads", "CPU computes in": "bf16" + (" (AMX)" if "amx_bf16" in cpu_flags() else "") if cpu_has_bf16() else "fp32",
-        "default profile": choose_profile(load_study("cifar")), "CIFAR-10": found, "rendering": engine_of("auto", lambda message: None)[0],
+        "default profile": choose_profile(load_study("cifar")), "CIFAR-10": found, "Quarto": find_quarto() or "not found; papers render without it", "rendering": engine_of("auto", lambda message: None)[0],
     }
     if as_json: _print_json(facts)
     else: _print([{"": name, "found": value} for name, value in facts.items()])
@@ -103,9 +104,12 @@ def runs(study:Annotated[str | None, typer.Argument(help="Name of a study; all b
     from speedrun_nb.report.tables import cells, main_metrics
     frame, problems = read_runs(from_root(outputs), load_study(study).name if study else None, profile)
     _warn(problems)
-    if as_json: print(frame.to_json(orient="records", indent=1))
-    else: _print([{"study": row["study"], "profile": row["profile"], "variant": row["variant"], "settings": row["config_hash"][:6], "seed": row["seed"], "status": row["status"]}
+    if as_json:
+        print(frame.to_json(orient="records", indent=1))
+        return
+    _print([{"study": row["study"], "profile": row["profile"], "variant": row["variant"], "settings": row["config_hash"][:6], "seed": row["seed"], "status": row["status"]}
                   | cells(row, main_metrics(load_study(row["study"]))) | {"batch": row["batch"]} for row in frame.to_dict("records")])
+    for note in sorted({load_study(row["study"]).notice(row["config"]) for row in frame.to_dict("records")} - {""}): print(note)
 
 # %% ../nbs/cli.ipynb #cell-09
 @app.command()

@@ -99,19 +99,25 @@ def variants(study:Annotated[str | None, typer.Argument(help="Name of a study; a
 @app.command()
 def runs(study:Annotated[str | None, typer.Argument(help="Name of a study; all by default.", show_default=False)]=None, outputs:Outputs="outputs", profile:Profile=None, as_json:JSON=False):
     "List the runs that were recorded."
-    from speedrun_nb.core.project import from_root, load_study
+    from speedrun_nb.core.config import one_of
+    from speedrun_nb.core.project import from_root, load_study, profile_names, study_names
     from speedrun_nb.core.records import read_runs
     from speedrun_nb.report.tables import cells, main_metrics
-    frame, problems = read_runs(from_root(outputs), load_study(study).name if study else None, profile)
+    frame, problems = read_runs(from_root(outputs), load_study(study).name if study else None)
+    if profile is not None:
+        known = {name for each in ([study] if study else study_names()) for name in profile_names(load_study(each))}
+        frame = frame[frame["profile"] == one_of(profile, sorted(known | set(frame["profile"].dropna())), "profile")]
     _warn(problems)
     if as_json:
         print(frame.to_json(orient="records", indent=1))
         return
-    _print([{"study": row["study"], "profile": row["profile"], "variant": row["variant"], "settings": row["config_hash"][:6], "seed": row["seed"], "status": row["status"]}
+    _print([{"study": row["study"], "profile": row["profile"], "variant": row["variant"], "settings": str(row["config_hash"] or "")[:6], "seed": row["seed"], "status": row["status"]}
                   | cells(row, main_metrics(load_study(row["study"]))) | {"batch": row["batch"]} for row in frame.to_dict("records")])
-    for note in sorted({load_study(row["study"]).notice(row["config"]) for row in frame.to_dict("records")} - {""}): print(note)
+    for note in sorted({load_study(row["study"]).notice(row["config"]) for row in frame.to_dict("records") if row["config"]} - {""}): print(note)
 
 # %% ../nbs/cli.ipynb #cell-09
+_PAIR_EXPECTED = "-p takes a name and a value, for example: -p variant det_crop"
+
 @app.command()
 def run(study:StudyName, parameters:Annotated[list[str] | None, typer.Option("-p", "--parameter", metavar="NAME VALUE", help="A parameter of the run notebook; may be repeated.", show_default=False)]=None):
     """Train a batch of seeds: execute nbs/run_STUDY.ipynb with papermill, into the batch's folder in outputs/.
@@ -121,7 +127,9 @@ def run(study:StudyName, parameters:Annotated[list[str] | None, typer.Option("-p
     Example: `speedrun run cifar -p variant det_crop -p seeds 0:8`
     """
     from speedrun_nb.sweep.execute import run_notebook
-    print(run_notebook(study, dict(pair.split("\0", 1) for pair in parameters or ())))
+    pairs = [pair.split("\0", 1) for pair in parameters or ()]
+    if any(len(pair) != 2 for pair in pairs): raise SpeedrunError(_PAIR_EXPECTED)
+    print(run_notebook(study, dict(pairs)))
 
 @app.command()
 def sweep(file:Annotated[str, typer.Argument(help="A sweep file, such as params/sweeps/cifar_demo.yaml.", show_default=False)], outputs:Outputs="outputs",
@@ -205,7 +213,7 @@ def _join_pairs(arguments:list[str])->list[str]:
         word = rest.pop(0)
         joined.append(word)
         if word in ("-p", "--parameter"):
-            if len(rest) < 2: raise SpeedrunError(f"{word} takes a name and a value, for example: -p variant det_crop")
+            if len(rest) < 2: raise SpeedrunError(_PAIR_EXPECTED)
             joined.append(f"{rest.pop(0)}\0{rest.pop(0)}")
     return joined
 
@@ -215,6 +223,6 @@ def main(arguments:list[str]|None=None)->None:
     except SpeedrunError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted; finished runs are kept", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as ended:  # typer makes this of an interrupt
+        if ended.code == 130: print("interrupted; finished runs are kept", file=sys.stderr)
+        raise

@@ -7,7 +7,6 @@ import random
 import re
 import signal
 import time
-from itertools import pairwise
 from pathlib import Path
 
 import nbformat
@@ -31,14 +30,14 @@ from conftest import (
 )
 
 from speedrun_nb.cifar import train as training
-from speedrun_nb.cifar.data import load_cifar10
+from speedrun_nb.cifar.data import load_cifar10, load_data
 from speedrun_nb.cifar.settings import DATASETS
 from speedrun_nb.core import batch as batches
 from speedrun_nb.core.batch import plan_batch, run_batch
 from speedrun_nb.core.config import SpeedrunError
 from speedrun_nb.core.data import DataFile
 from speedrun_nb.core.project import load_study, profile_names, resolve, study_names, variant_names
-from speedrun_nb.core.provenance import batch_state, host_id, package_hash
+from speedrun_nb.core.provenance import batch_state, host_id
 from speedrun_nb.core.records import Result, read_runs, run_id
 
 RECORD = set("""schema run_id study profile variant config config_hash seed repeat batch block order host_id device precision threads package_hash status error
@@ -47,7 +46,7 @@ PROVENANCE = set("""git package_hash packages python os host_id cpu cpu_count gp
     warmup_seconds started_at ended_at status pid boot_id heartbeat_seconds""".split())
 MODULE = [BIN / "python", "-m", "speedrun_nb.cifar.batch"]
 TINY_RUN = ["-p", "profile", "demo", "-p", "overrides", TINY_WORDS]
-MANY = 200  # seeds: a batch that is still running when it is stopped
+MANY = 200  # runs of a batch that is still running when it is stopped
 
 
 def computed(record):
@@ -58,46 +57,58 @@ def computed(record):
 # the same batch by every way there is
 
 @pytest.fixture(scope="session")
-def by_papermill(tmp_path_factory):
-    "Executed from a folder outside of the project; values as YAML has them."
-    folder = tmp_path_factory.mktemp("papermill")
+def ways(tmp_path_factory):
+    "A folder, and the commands that train below it: all at once, which halves the time on two cores."
+    folder = tmp_path_factory.mktemp("ways")
+    projects = copy_project(folder / "pipe"), copy_project(folder / "test")
     (folder / "parameters.yaml").write_text(json.dumps({"overrides": TINY}))
-    done = call(BIN / "papermill", NOTEBOOK, "out.ipynb", "-f", "parameters.yaml", "-p", "variant", "det_crop", "-p", "seeds", 2, "-p", "repeat", 1, "-p", "block", 3,
-                "-p", "order_start", 4, "-y", f"outputs: {folder / 'outputs'}\nprofile: demo", cwd=folder)
-    assert done.code == 0, done.err
-    batch, = batch_folders(folder / "outputs")
+    as_yaml = ["-f", "parameters.yaml", "-p", "seeds", 2, "-p", "repeat", 1, "-p", "block", 3, "-p", "order_start", 4, "-y", f"outputs: {folder / 'papermill'}\nprofile: demo"]
+    running = dict(
+        papermill=start(BIN / "papermill", NOTEBOOK, "out.ipynb", "-p", "variant", "det_crop", *as_yaml, cwd=folder),  # outside of the project
+        pipe=start(BIN / "papermill", "run_cifar.ipynb", *TINY_RUN, "-p", "seeds", "1:2", "-p", "outputs", "collected", cwd=projects[0] / "nbs"),
+        command=start(BIN / "speedrun", "run", "cifar", "-p", "variant", "det_crop", *TINY_RUN, "-p", "seeds", "1,0", "-p", "outputs", folder / "command"),
+        module=start(*MODULE, "-p", "variant", "det_crop", *TINY_RUN, "-p", "seeds", "0:2", "-p", "outputs", folder / "module"),
+        nbdev=start(BIN / "nbdev_test", "--path", "nbs/run_cifar.ipynb", "--n_workers", 0, cwd=projects[1]))
+    yield folder, running
+    for process in running.values():
+        if process.poll() is None: os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def finish_well(process):
+    done = finish(process)
+    assert done.code == 0, done.out + done.err
+    return done
+
+
+@pytest.fixture(scope="session")
+def by_papermill(ways):
+    folder, running = ways
+    done = finish_well(running["papermill"])
+    batch, = batch_folders(folder / "papermill")
     return done, folder / "out.ipynb", batch, *read_batch(batch)
 
 
 @pytest.fixture(scope="session")
-def by_pipe(tmp_path_factory):
-    "Executed in a project of its own, in a folder within it; the notebook goes to standard output."
-    project = copy_project(tmp_path_factory.mktemp("pipe") / "project")
-    done = call(BIN / "papermill", "run_cifar.ipynb", *TINY_RUN, "-p", "seeds", "1:2", "-p", "outputs", "collected", cwd=project / "nbs")
-    assert done.code == 0, done.err
-    return done, project
+def by_pipe(ways): return finish_well(ways[1]["pipe"]), ways[0] / "pipe"
 
 
 @pytest.fixture(scope="session")
-def by_command(tmp_path_factory):
-    outputs = tmp_path_factory.mktemp("command") / "outputs"
-    done = call(BIN / "speedrun", "run", "cifar", "-p", "variant", "det_crop", *TINY_RUN, "-p", "seeds", "1,0", "-p", "outputs", outputs)
-    assert done.code == 0, done.err
-    batch, = batch_folders(outputs)
+def by_command(ways):
+    done = finish_well(ways[1]["command"])
+    batch, = batch_folders(ways[0] / "command")
     return done, batch, *read_batch(batch)
 
 
 @pytest.fixture(scope="session")
-def by_module(tmp_path_factory):
-    outputs = tmp_path_factory.mktemp("module") / "outputs"
-    done = call(*MODULE, "-p", "variant", "det_crop", *TINY_RUN, "-p", "seeds", "0:2", "-p", "outputs", outputs)
-    assert done.code == 0, done.err
-    batch, = batch_folders(outputs)
+def by_module(ways):
+    done = finish_well(ways[1]["module"])
+    batch, = batch_folders(ways[0] / "module")
     return done, batch, *read_batch(batch)
 
 
 def test_records(by_papermill):
-    _, _, folder, records, _ = by_papermill
+    _, _, folder, records, provenance = by_papermill
     variant = resolve(load_study("cifar"), "det_crop", "demo", TINY)
     for number, record in enumerate(records):
         assert RECORD <= record.keys()
@@ -105,7 +116,7 @@ def test_records(by_papermill):
         assert [record[name] for name in ("seed", "repeat", "block", "order", "batch", "threads")] == [number, 1, 3, 4 + number, folder.name, 1]
         assert record["config"] == json.loads(json.dumps(variant.flat)) and record["config_hash"] == variant.config_hash
         assert record["run_id"] == run_id("cifar", "demo", variant.config_hash, number, 1) and record["clock"] == variant.study.clock
-        assert record["host_id"] == host_id() and record["package_hash"] == package_hash() and record["precision"] in ("bf16", "fp32")
+        assert record["host_id"] == host_id() and record["package_hash"] == provenance["package_hash"] and record["precision"] in ("bf16", "fp32")
         assert all(0 <= record["metrics"][name] <= 1 for name in ("accuracy", "accuracy_plain")) and record["time_seconds"] > 0
         assert all(len(values) == TINY["train.epochs"] for values in record["curve"].values())
         assert re.fullmatch(r"[0-9a-f]{12}", record["fingerprint"]) and (record["peak_memory_bytes"] is None or record["peak_memory_bytes"] > 2**26)
@@ -219,12 +230,9 @@ def test_a_notebook_that_fails_is_kept(tmp_path):
     assert "fp16 needs CUDA" in (folder / "notebook.ipynb").read_text() and read_batch(folder)[1]["status"] == "failed"
 
 
-def test_under_nbdev_test_nothing_is_left(tmp_path):
-    project = copy_project(tmp_path / "project")
-    before = sorted(project.rglob("*"))
-    done = call(BIN / "nbdev_test", "--path", project / "nbs/run_cifar.ipynb", "--n_workers", 0, cwd=project)
-    assert done.code == 0, done.out + done.err
-    assert "Success" in done.out and [path for path in sorted(project.rglob("*")) if path not in before and path.name != ".last_checked"] == []
+def test_under_nbdev_test_nothing_is_left(ways):
+    done, project = finish_well(ways[1]["nbdev"]), ways[0] / "test"
+    assert "Success" in done.out and sorted(path.name for path in project.iterdir()) == ["nbs", "params", "settings.ini"]
 
 
 # stopped in mid-batch
@@ -253,7 +261,7 @@ def wait_until_gone(pid):
 def stop(command, number, tmp_path_factory, whom="command"):
     "Send a signal to a batch, or to its kernel, after its first run: how it ended, its folder, how many runs it had finished when the signal came."
     outputs = tmp_path_factory.mktemp("stopped") / "outputs"
-    process = start(*command, *TINY_RUN, "-p", "seeds", MANY, "-p", "outputs", outputs)
+    process = start(*command, *TINY_RUN, "-p", "seeds", f"0:{MANY}", "-p", "outputs", outputs)
     try:
         folder = wait_for_run(process, outputs)
         trainer = read_batch(folder)[1]["pid"]
@@ -535,12 +543,12 @@ def test_every_variant_resolves_in_every_profile(study, profile):
 
 
 def test_every_variant_computes_something_else(clean_environment, one_thread):
-    study, found = load_study("cifar"), {}
+    study, found, device = load_study("cifar"), {}, torch.device("cpu")
     for name in variant_names(study):
-        variant = resolve(study, name, "demo", TINY)
-        result = list(training.train(variant.settings, [0], torch.device("cpu")))[-1]
+        settings = resolve(study, name, "demo", TINY).settings
+        result = list(training.train_one(settings, load_data(settings, device)[0], 0, training.choose_precision("auto", device), device))[-1]
         assert result.status == "completed" and len(result.losses) == 15
         found[name] = result.losses
-    assert all(a != b for a, b in pairwise(sorted(found.values()))), found
+    assert len(set(map(tuple, found.values()))) == len(found), found
     # until the epoch at which they part, deterministic crops are the same
     assert found["det_crop"][:10] == found["det_crop_backoff"][:10] == found["det_crop_then_random"][:10] and found["baseline"][:10] == found["random_crop_backoff"][:10]

@@ -13,7 +13,7 @@ from speedrun_nb.cifar.settings import METRICS
 from speedrun_nb.core import project as core_project
 from speedrun_nb.core.batch import plan_batch, run_batch
 from speedrun_nb.core.config import SpeedrunError
-from speedrun_nb.core.records import FIELDS, append_record
+from speedrun_nb.core.records import FIELDS, Ready, Result, append_record
 from speedrun_nb.report.study import made_up_runs
 from speedrun_nb.sweep import execute
 from speedrun_nb.sweep.plan import read_sweep
@@ -28,6 +28,13 @@ def simulated(tmp_path_factory):
     folder = tmp_path_factory.mktemp("simulated")
     made_up_runs(folder, effects={"baseline": (0, 0), "det_crop": (-0.4, 0.01), "random_crop_backoff": (0.4, 0)})
     return folder
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    "What ought to be refused fails at once when it is not, rather than train."
+    def execute_notebook(source, target, parameters, **options): raise AssertionError(f"would train {parameters}")
+    monkeypatch.setattr("papermill.execute_notebook", execute_notebook)
 
 
 def lines_of(text, *words):
@@ -112,7 +119,7 @@ def test_misuse_has_exit_code_2(speedrun, arguments):
     ("data check cifar100", 'no data set "cifar100". Did you mean "cifar10"?'),
     ("data fetch cifr10", 'no data set "cifr10". Did you mean "cifar10"?'),
     ("--root nosuch runs", "--root: nosuch is not a folder")])
-def test_mistakes_are_explained(speedrun, arguments, expected):
+def test_mistakes_are_explained(speedrun, no_training, arguments, expected):
     done = speedrun(*arguments.split())
     assert done.code == 1 and done.out == "" and done.err.startswith("error: ") and expected in done.err
 
@@ -170,7 +177,7 @@ def test_titles_are_shown_as_they_are(speedrun, project):
     ("title: Profile\nset: {augment.flip: none}\nprofiles: {dmeo: {}}\n", 'Did you mean "demo"?'),
     ("title: [\n", "line 2, column 1"),
     ("- a\n- b\n", "expected `key: value` lines, found list")])
-def test_variant_files_that_are_refused(speedrun, project, text, expected):
+def test_variant_files_that_are_refused(speedrun, project, no_training, text, expected):
     (project / "params/cifar/odd.yaml").write_text(text)
     done = speedrun("run", "cifar", "-p", "variant", "odd", "-p", "profile", "demo")
     assert done.code == 1 and done.out == "" and expected in done.err and not (project / "outputs").exists()
@@ -234,18 +241,19 @@ def test_half_written_line(speedrun, tmp_path):
 def test_records_that_lack_fields(speedrun, tmp_path):
     folder = tmp_path / "cifar/demo/baseline/other"
     folder.mkdir(parents=True)
-    append_record(folder / "runs.jsonl", dict(run_id="a", study="cifar", profile="demo", variant="baseline", seed=0, status="failed", metrics=None))
+    append_record(folder / "runs.jsonl", dict(run_id="a", study="cifar", profile="demo", variant="baseline", seed=0, status="failed"))
     assert len(strict_json(speedrun("runs", "--json", "--outputs", tmp_path).out)) == 1
     assert lines_of(speedrun("runs", "--outputs", tmp_path).out, " failed ")
 
 
 def test_values_that_are_not_known(speedrun, tmp_path):
-    folder = tmp_path / "cifar/demo/baseline/other"
-    folder.mkdir(parents=True)
-    metrics = dict(accuracy=None, accuracy_plain=None, train_loss=None)
-    append_record(folder / "runs.jsonl", dict(run_id="a", study="cifar", profile="demo", variant="baseline", seed=0, status="diverged", time_seconds=1.5, metrics=metrics))
+    def train(settings, seeds):
+        yield Ready("cpu", "fp32", 1, 0.1, {})
+        yield Result(0, "diverged", 1.5, {}, {}, [float("nan")], None)
+    run_batch(plan_batch("cifar", profile="demo", seeds=1, outputs=tmp_path), train)
     row, = lines_of(speedrun("runs", "cifar", "--outputs", tmp_path).out, " diverged ")
     assert "1.500" in row and not re.search(r"\bnot\b(?! known)", row)  # half of "not known" says nothing
+    assert strict_json(speedrun("runs", "--json", "--outputs", tmp_path).out)[0]["accuracy"] is None
 
 
 # compare
@@ -294,8 +302,13 @@ def test_profiles_are_never_merged(speedrun, tmp_path):
     assert told.code == 1 and told.out == "" and "several profiles" in told.err and "demo" in told.err and "cpu" in told.err
     chosen = strict_json(speedrun("compare", "cifar", "baseline", "det_crop", "--outputs", tmp_path, "--profile", "cpu", "--json").out)
     assert chosen["profile"] == "cpu" and chosen["baseline"]["n"] == 8
-    words = speedrun("compare", "cifar", "baseline", "det_crop", "--outputs", tmp_path, "--profile", "cpu")
-    assert "synthetic" not in words.out  # these runs are not of the embedded images
+
+
+@pytest.mark.parametrize("profile, synthetic", [("demo", True), ("cpu", False)])
+def test_the_notice_is_that_of_the_compared_runs(speedrun, tmp_path, profile, synthetic):
+    for name in ("demo", "cpu"): made_up_runs(tmp_path, profile=name, effects={"baseline": (0, 0), "det_crop": (-0.4, 0.01)})
+    done = speedrun("compare", "cifar", "baseline", "det_crop", "--outputs", tmp_path, "--profile", profile)
+    assert done.code == 0 and ("synthetic images, not with CIFAR-10" in done.out) == synthetic
 
 
 # sweep

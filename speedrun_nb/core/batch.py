@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .config import SpeedrunError, nearest, parse_yaml, show_setting
+from .config import SpeedrunError, nearest, show_setting
 from .project import Variant, from_root, load_study, project_root, resolve
 from .provenance import Provenance, host_id, machine_state, package_hash, utc_now
 from .records import Progress, Ready, Result, append_record, make_record
@@ -30,7 +30,7 @@ def read_seeds(
     wrong = SpeedrunError(f'seeds: {seeds!r} is not valid; write a range "0:8", a list "1,2,5" or [1, 2, 5], or a count')
     if isinstance(seeds, str) and re.fullmatch(r"\s*\d+\s*", seeds): seeds = range(int(seeds))
     elif isinstance(seeds, str) and (match := re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", seeds)): seeds = range(int(match[1]), int(match[2]))
-    elif isinstance(seeds, str) and re.fullmatch(r"\s*\[?[\d,\s]*\]?\s*", seeds): seeds = parse_yaml(f"[{seeds.strip(' []')}]")
+    elif isinstance(seeds, str) and re.fullmatch(r"\s*\[?\s*\d+(\s*,\s*\d+)*\s*,?\s*\]?\s*", seeds): seeds = [int(seed) for seed in re.findall(r"\d+", seeds)]
     elif type(seeds) is int and seeds >= 60:
         raise SpeedrunError(f"seeds: {seeds} may be a count, or {seeds // 60}:{seeds % 60} read as a number in base 60. Write \"0:{seeds}\" or \"{seeds // 60}:{seeds % 60}\" with quotes.")
     elif type(seeds) is int: seeds = range(max(seeds, 0))
@@ -91,8 +91,11 @@ def plan_batch(
     block = None if block in ("", None, "none") else _whole_number("block", block)
     if not isinstance(outputs, (str, Path)) or not str(outputs).strip(): raise SpeedrunError(f"outputs: {outputs!r} is not a folder")
     plan = BatchPlan(resolved, read_seeds(seeds), from_root(outputs), _whole_number("repeat", repeat), str(batch), block, _whole_number("order_start", order_start))
-    if (plan.folder / "provenance.json").exists(): raise SpeedrunError(f"batch: {plan.folder} holds a batch already; records are never overwritten. Choose another name.")
+    if (plan.folder / "provenance.json").exists(): raise _taken(plan)
     return plan
+
+def _taken(plan:BatchPlan)->SpeedrunError:
+    return SpeedrunError(f"batch: {plan.folder} holds a batch already; records are never overwritten. Choose another name.")
 
 # %% ../../nbs/core/07_batch.ipynb #cell-12
 PARAMETERS = tuple(inspect.signature(plan_batch).parameters)[1:]
@@ -123,16 +126,18 @@ class Batch:
         failed = [record for record in self.records if record["status"] == "failed"]
         if failed: raise SpeedrunError(f"{len(failed)} of {len(self.records)} runs failed; all are recorded in {self.folder}. Seed {failed[0]['seed']}: {failed[0]['error']}")
 
-def _make_folder(plan:BatchPlan)->None:
-    "Make the batch's folder. Raises `SpeedrunError` where it cannot be written."
+def _claim_folder(plan:BatchPlan)->None:
+    "Make the batch's folder and its provenance.json, which only one process can. Raises `SpeedrunError` where it is taken or cannot be written."
     try:
         plan.folder.mkdir(parents=True, exist_ok=True)
-        probe = plan.folder / ".probe"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise SpeedrunError(f"outputs: {plan.folder} cannot be written ({error.strerror}). Give a folder that can, with outputs=FOLDER.") from None
+        (plan.folder / "provenance.json").open("x").close()
+    except FileExistsError as error: raise _taken(plan) if error.filename and error.filename.endswith("provenance.json") else _unwritable(plan, error) from None
+    except OSError as error: raise _unwritable(plan, error) from None
 
+def _unwritable(plan:BatchPlan, error:OSError)->SpeedrunError:
+    return SpeedrunError(f"outputs: {plan.folder} cannot be written ({error.strerror}). Give a folder that can, with outputs=FOLDER.")
+
+# %% ../../nbs/core/07_batch.ipynb #cell-16
 def run_batch(
     plan:BatchPlan,
     train:Callable[..., Iterator],   # the study's: settings, seeds -> Ready, then Progress and Result
@@ -141,9 +146,9 @@ def run_batch(
 )->Batch:
     "Train every seed and record it. Raises what `train` raises, after noting it in provenance.json."
     variant = plan.variant
-    _make_folder(plan)
     facts = machine_state(project_root()) | dict(study=variant.study.name, profile=variant.profile, variant=variant.name, config=variant.flat, overrides=variant.overrides,
                                                  seeds=plan.seeds, command=command or sys.argv, clock=variant.study.clock)
+    _claim_folder(plan)
     provenance, records = Provenance(plan.folder, facts), []
     try: _record_events(plan, train(variant.settings, plan.seeds), show, provenance, records)
     except BaseException as error:
@@ -170,7 +175,7 @@ def _record_events(plan, events, show, provenance, records):
             started = utc_now()
         show(event)
 
-# %% ../../nbs/core/07_batch.ipynb #cell-20
+# %% ../../nbs/core/07_batch.ipynb #cell-21
 class ProgressBars:
     "Shows the events of a batch. Call it with each."
     def __init__(
@@ -200,7 +205,7 @@ class ProgressBars:
         self._say(f"{self.label} seed {event.seed}: {event.status}" + (f", {event.time_seconds:.3f} s" if event.time_seconds is not None else "")
                   + (f", accuracy {event.metrics['accuracy']:.2%}" if event.metrics.get("accuracy") is not None else "") + (f" {event.error.splitlines()[0]}" if event.error else ""))
 
-# %% ../../nbs/core/07_batch.ipynb #cell-22
+# %% ../../nbs/core/07_batch.ipynb #cell-23
 def main(
     study:str,
     train:Callable[..., Iterator],
@@ -221,5 +226,8 @@ def main(
     except SpeedrunError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted; finished runs are kept", file=sys.stderr)
+        return 130
     print(batch.folder)
     return 0

@@ -140,8 +140,8 @@ class Provenance:
 
 # %% ../../nbs/core/03_provenance.ipynb #cell-12
 def read_provenance(folder:Path)->dict:
-    "provenance.json of a batch; empty where there is none yet."
-    try: return json.loads((Path(folder) / "provenance.json").read_text(encoding="utf-8"))
+    "provenance.json of a batch; empty where nothing is written yet."
+    try: return json.loads((Path(folder) / "provenance.json").read_text(encoding="utf-8") or "{}")
     except FileNotFoundError: return {}
     except (OSError, ValueError) as error: raise SpeedrunError(f"{folder}/provenance.json cannot be read: {error}") from None
 

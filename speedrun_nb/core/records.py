@@ -136,7 +136,7 @@ FIELDS = ("schema run_id study profile variant config config_hash seed repeat ba
 
 def _row(record):
     "A record with its metrics as fields; fields that it lacks are None."
-    return {name: record.get(name) for name in FIELDS} | record.get("metrics", {})
+    return {name: record.get(name) for name in FIELDS} | (record.get("metrics") or {})
 
 # %% ../../nbs/core/02_records.ipynb #cell-18
 def make_record(

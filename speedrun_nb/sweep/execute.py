@@ -31,6 +31,7 @@ def run_notebook(
 )->Path:                          # the batch's folder
     "Execute nbs/run_<study>.ipynb. Raises `SpeedrunError` with the last line of the notebook's error."
     import papermill
+    from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
     checked = prepare(study, parameters)
     given = dict(parameters) | {"batch": checked.batch, "profile": checked.variant.profile, "outputs": str(checked.outputs)}
@@ -44,6 +45,8 @@ def run_notebook(
     except PapermillExecutionError as error:
         message = error.evalue if error.ename == "SpeedrunError" else f"{error.ename}: {error.evalue}"
         raise SpeedrunError(f"{message}\nThe executed notebook: {target}") from None
+    except DeadKernelError:
+        raise SpeedrunError(f"the kernel died (killed, or out of memory); finished runs are kept\nThe executed notebook: {target}") from None
     return checked.folder
 
 # %% ../../nbs/sweep/01_execute.ipynb #cell-08

@@ -102,7 +102,7 @@ def runs(study:Annotated[str | None, typer.Argument(help="Name of a study; all b
     from speedrun_nb.core.config import one_of
     from speedrun_nb.core.project import from_root, load_study, profile_names, study_names
     from speedrun_nb.core.records import read_runs
-    from speedrun_nb.report.tables import cells, main_metrics
+    from speedrun_nb.report.batch import cells, main_metrics
     frame, problems = read_runs(from_root(outputs), load_study(study).name if study else None)
     if profile is not None:
         known = {name for each in ([study] if study else study_names()) for name in profile_names(load_study(each))}

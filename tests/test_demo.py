@@ -14,7 +14,7 @@ SEEDS = (0, 1)
 @pytest.fixture(scope="module")
 def trained():
     "Mean final accuracies by what is left out, in the profile demo."
-    left_out = {"nothing": "", "flip": "augment.flip=none", "flip and crop": "augment.flip=none augment.crop_order=none"}
+    left_out = {"nothing": "", "flip": "augment.flip=none", "crop": "augment.crop_order=none"}
 
     def accuracies(overrides):
         settings = resolve(load_study("cifar"), "baseline", "demo", overrides).settings
@@ -32,4 +32,4 @@ def test_flips_and_crops_matter(trained):
     "Without test-time augmentation, which would make up for part of it."
     plain = {name: accuracy["accuracy_plain"] for name, accuracy in trained.items()}
     assert plain["nothing"] > plain["flip"] + 0.15
-    assert plain["flip"] > plain["flip and crop"] + 0.01
+    assert plain["nothing"] > plain["crop"] + 0.01

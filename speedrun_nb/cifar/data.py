@@ -90,7 +90,7 @@ def draw_glyphs(
     return (image.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous()
 
 # %% ../../nbs/cifar/01_data.ipynb #cell-12
-CONTRAST = (0.25, 0.8)  # of the ink, in parts of full brightness
+CONTRAST = (0.27, 0.8)  # of the ink, in parts of full brightness
 NOISE = 0.12            # standard deviation, in parts of full brightness
 EMBEDDED_TEST_IMAGES = 1_000
 

@@ -30,9 +30,10 @@ def environment(**changes):
 
 
 def start(*command, cwd=ROOT, env=None):
-    "Start a command in a process group of its own."
+    "Start a command in a process group of its own, which can be interrupted even where this one ignores it (as under nohup)."
     return subprocess.Popen([str(word) for word in command], cwd=cwd, env=env or environment(), stdin=subprocess.DEVNULL, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def finish(process, timeout=DEADLINE):

@@ -84,7 +84,7 @@ def doctor(as_json:JSON=False):
 
 @app.command()
 def variants(study:Annotated[str | None, typer.Argument(help="Name of a study; all by default.", show_default=False)]=None,
-             profile:Annotated[str, typer.Option(help="At which size: demo, cpu, full.")]="full", as_json:JSON=False):
+             profile:Annotated[str, typer.Option(help="At which size: demo, cpu, full, or auto.")]="auto", as_json:JSON=False):
     "List the variants: what each changes and what it claims. A new one is a YAML file in params/STUDY/."
     from speedrun_nb.core.project import load_study, study_names
     from speedrun_nb.report.study import resolve_all
@@ -94,7 +94,8 @@ def variants(study:Annotated[str | None, typer.Argument(help="Name of a study; a
                           changed={name: new for name, (_, new) in v.changed.items()}, claim=v.claim and vars(v.claim) | {"guard": v.claim.guard and vars(v.claim.guard)}) for v in found])
         return
     _print([{"study": v.study.name, "variant": v.name, "title": v.title, "changes": ", ".join(f"{name}={new}" for name, (_, new) in v.changed.items()) or "nothing: the baseline",
-             "claims": f"{v.claim.metric} {v.claim.direction} by {v.claim.at_least:.1%}" if v.claim else ""} for v in found])
+             "claims": f"{v.claim.metric} {v.claim.direction} by {v.claim.at_least:.1%}" if v.claim else ""} for v in found],
+           f"settings in profile {found[0].profile}; --profile shows another")
 
 @app.command()
 def runs(study:Annotated[str | None, typer.Argument(help="Name of a study; all by default.", show_default=False)]=None, outputs:Outputs="outputs", profile:Profile=None, as_json:JSON=False):

@@ -65,10 +65,14 @@ def styled_figure(
     **size,       # of the figure, for matplotlib
 ):
     "A figure to draw into. It ends with its notice; where nothing was drawn it says that there are no runs."
+    plt.draw_if_interactive()  # loads the backend outside the context, whose end would undo what that sets
     with plt.rc_context(STYLE):
         figure = plt.figure(layout="constrained", **size)
         yield figure
-        if not figure.axes: figure.text(0.5, 0.5, "no runs yet", ha="center", va="center", color="#888888")
+        if not figure.axes:
+            axis = figure.subplots()
+            axis.axis("off")
+            axis.text(0.5, 0.5, "no runs yet", ha="center", va="center", color="#888888")
         if notice: figure.supxlabel(notice, fontsize=6.5, color="#a04000")
 
 def axis_label(metric:Metric)->str:

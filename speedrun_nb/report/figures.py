@@ -44,30 +44,29 @@ def _strip(axis, report, metric):
 def differences(
     report:StudyReport,
 ):                      # a matplotlib figure
-    "Each variant against the baseline: relative change of the claim's metric with its 95 % interval, and what was claimed."
+    "Each variant against the baseline: relative improvement of the claim's metric with its 95 % interval, and what was claimed."
     with styled_figure(report.notice, figsize=(7, 1.1 + 0.4 * max(1, len(report.comparisons)))) as figure:
         if report.comparisons: _forest(figure.subplots(), report)
     return figure
 
 def _forest(axis, report):
-    "A row a comparison."
+    "A row a comparison, signed so that to the right is better whatever the metric."
     for row, c in enumerate(report.comparisons):
-        shade, interval = colour(report, c.variant.variant), c.difference.ci95_relative
-        if interval: axis.plot(np.multiply(interval, 100), [row, row], color=shade, linewidth=2, solid_capstyle="round")
-        if c.difference.relative is not None: axis.plot(100 * c.difference.relative, row, "D", color=shade, markersize=5)
-        if c.claim: axis.plot([100 * c.claim.at_least * (-1 if c.claim.direction == "decrease" else 1)] * 2, [row - 0.35, row + 0.35], color="black", linewidth=1)
+        shade, interval, better = colour(report, c.variant.variant), c.difference.ci95_relative, -100 if c.metric.better == "lower" else 100
+        if interval: axis.plot(np.multiply(interval, better), [row, row], color=shade, linewidth=2, solid_capstyle="round")
+        if c.difference.relative is not None: axis.plot(better * c.difference.relative, row, "D", color=shade, markersize=5)
+        if c.claim: axis.plot([100 * c.claim.at_least] * 2, [row - 0.35, row + 0.35], color="black", linewidth=1)
         axis.text(1.01, row, c.verdict.outcome, transform=axis.get_yaxis_transform(), va="center", fontsize=8)
     axis.axvline(0, color="#888888", linewidth=0.8)
-    metric = report.comparisons[0].metric
-    axis.set(yticks=range(len(report.comparisons)), yticklabels=[c.variant.name for c in report.comparisons], ylim=(len(report.comparisons) - 0.5, -0.5),
-             xlabel=f"change of {metric.label} against the baseline (%), {metric.better} is better; black: what is claimed")
+    axis.set(yticks=range(len(report.comparisons)), yticklabels=[f"{c.variant.name}: {c.metric.label}" for c in report.comparisons], ylim=(len(report.comparisons) - 0.5, -0.5),
+             xlabel="improvement on the baseline (%): right is better; black: what is claimed, grey: no change")
 
 # %% ../../nbs/report/03_figures.ipynb #cell-11
 def quality_against_time(
     report:StudyReport,
 ):                      # a matplotlib figure
     "Every run as a point in time and quality, and each variant's mean with 95 % intervals."
-    with styled_figure(report.notice, figsize=(5.2, 3.6)) as figure:
+    with styled_figure(report.notice, figsize=(6.6, 3.6)) as figure:
         if report.groups:
             axis, (time, quality, _) = figure.subplots(), main_metrics(report.study)
             for group in report.groups:
@@ -77,7 +76,7 @@ def quality_against_time(
                 if x.ci95 and y.ci95: errors = dict(xerr=[[x.mean - x.ci95[0]], [x.ci95[1] - x.mean]], yerr=[[y.mean - y.ci95[0]], [y.ci95[1] - y.mean]])
                 axis.errorbar(x.mean, y.mean, fmt="D", color=shade, markersize=5, capsize=2, label=group.variant, **errors)
             axis.set(xlabel=axis_label(time), ylabel=axis_label(quality))
-            axis.legend()
+            axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 def learning_curves(
@@ -94,5 +93,6 @@ def learning_curves(
                 axis.plot(epochs, mean, color=shade, label=group.variant)
                 axis.fill_between(epochs, mean - sd, mean + sd, color=shade, alpha=0.15, linewidth=0)
             axis.set(xlabel="epoch", ylabel=axis_label(metric))
+            axis.xaxis.get_major_locator().set_params(integer=True)
         if names: axis.legend()
     return figure

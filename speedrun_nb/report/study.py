@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core.project import Study, Variant, from_root, load_study, resolve, variant_names
+from ..core.config import one_of
+from ..core.project import Study, Variant, from_root, load_study, profile_names, resolve, variant_names
 from ..core.provenance import batch_state, read_provenance
 from ..core.records import append_record, read_runs, run_id, write_json
 from ..evidence.compare import Comparison, compare
@@ -88,7 +89,7 @@ def load_report(
     "Read and compare all runs of a study. Raises `SpeedrunError` when there are several profiles to choose from."
     study, outputs = load_study(study), from_root(outputs)
     frame, problems = read_runs(outputs, study.name)
-    if profile: frame = frame[frame["profile"] == profile]
+    if profile: one_of(profile, sorted({*profile_names(study), *frame["profile"]}), f"profile of {study.name}")
     if frame.empty: return StudyReport(study, None, frame, {}, [], [], [], {}, problems)
     rows = select(frame, study.name, profile)
     profile = rows["profile"].iloc[0]

@@ -17,6 +17,8 @@ from .batch import cells, main_metrics, markdown
 from .study import StudyReport
 
 # %% ../../nbs/report/02_tables.ipynb #cell-05
+NBSP = "\N{NO-BREAK SPACE}"
+
 def mean_and_spread(
     values:Iterable,
     metric:Metric,
@@ -26,7 +28,7 @@ def mean_and_spread(
     if d.mean is None: return "–"
     shown = finer(metric, d.sd or None)
     number = shown.show(d.mean).partition(" ")[0]
-    return number if d.sd is None else f"{number} ± {shown.show(d.sd).partition(' ')[0]}"
+    return number if d.sd is None else f"{number}{NBSP}±{NBSP}{shown.show(d.sd).partition(' ')[0]}"
 
 def interval(
     values:Iterable,
@@ -58,17 +60,15 @@ def summary_table(report:StudyReport)->str:
         rows.append(row)
     return markdown(rows)
 
-NBSP = "\N{NO-BREAK SPACE}"
-
 def comparison_table(report:StudyReport)->str:
     "A row a variant: the change from the baseline on the claim's metric (↓ lower, ↑ higher is better), its test, the guard and the verdict."
     rows = []
     for c in report.comparisons:
         d, test = c.difference, c.tests.welch
-        rows.append({"variant": c.variant.name, "metric": f"{'↓' if c.metric.better == 'lower' else '↑'}{NBSP}{c.metric.axis.replace(' ', NBSP)}",
+        rows.append({"variant": c.variant.name, "verdict": c.verdict.outcome, "metric": f"{'↓' if c.metric.better == 'lower' else '↑'}{NBSP}{c.metric.axis.replace(' ', NBSP)}",
                      "change": _signed(d.absolute, d.ci95, c.metric.scale, c.metric.digits), "change (%)": _signed(d.relative, d.ci95_relative, 100, 1), "95 % interval (%)": _signed_interval(d.ci95_relative, 100, 1),
                      "Welch's p": p_value(test.p).removeprefix("p ").removeprefix("= ") if test else None, "Cohen's d": f"{c.effect.cohens_d:+.2f}" if c.effect.cohens_d is not None else None,
-                     "guard": c.guard.outcome if c.guard else None, "verdict": c.verdict.outcome})
+                     "guard": c.guard.outcome if c.guard else None})
     return markdown(rows)
 
 def _decimals(interval, scale, least)->int:

@@ -32,7 +32,8 @@ def scope(report:StudyReport)->str:
 
 def left_out(report:StudyReport)->str:
     "Runs that are not in the tables, and batches that did not end."
-    parts = [f"{count(len(g.runs) + g.failed + g.diverged)} of {g.variant} under other settings ({g.config_hash[:6]})" for g in report.others]
+    def why(group): return f"under other settings ({group.config_hash[:6]})" if group.variant in report.variants else f"which params/{report.study.name}/ no longer has"
+    parts = [f"{count(len(g.runs) + g.failed + g.diverged)} of {g.variant} {why(g)}" for g in report.others]
     text = f"Not counted: {listed(parts)}. " if parts else ""
     if duplicates := sum(g.duplicates for g in report.groups): text += f"{count(duplicates)} with a seed and repeat already counted {'is' if duplicates == 1 else 'are'} left out. "
     return (text + " ".join(f"Note: {problem}." for problem in report.problems)).strip()
@@ -64,7 +65,7 @@ def claim_sentence(claim:Claim|None, report:StudyReport)->str:
     "What a variant promises, as a sentence."
     if claim is None: return "No claim is made."
     metrics = report.study.metrics
-    text = f"It {claim.direction}s {metrics[claim.metric].label} by at least {claim.at_least:.6g}".replace(f"{claim.at_least:.6g}", f"{100 * claim.at_least:.6g} %")
+    text = f"It {claim.direction}s {metrics[claim.metric].label} by at least {claim.at_least:.6g}".replace(f"{claim.at_least:.6g}", f"{100 * claim.at_least:.6g} % of the baseline's")
     if claim.guard: text += f", and does not make {metrics[claim.guard.metric].label} worse by more than {metrics[claim.guard.metric].show(claim.guard.margin, sign=True).lstrip('+')}"
     return text + "."
 

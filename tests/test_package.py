@@ -247,7 +247,7 @@ def test_everything_that_is_off_is_named(tree):
 
 @pytest.fixture(scope="module")
 def published():
-    "The text of every file that is or would be in a commit, but for the script that knows the workplace."
+    "The text of every file that is or would be in a commit, but for the script that knows where data may lie."
     listed = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode: pytest.skip("not a git checkout")
     texts = {}
@@ -259,7 +259,7 @@ def published():
 
 
 @pytest.mark.parametrize("what, pattern", [
-    ("this workplace", "/" + "work/|[.][.]/" + "shared"), ("a home folder", r"(?<![\w.])/(home|root|Users)/\w|[A-Z]:\\Users"), ("a private address", r"\b(10|192\.168|172\.\d+)\.\d+\.\d+\.?\d*:\d+"),
+    ("a place of one machine", "/" + "work/|[.][.]/" + "shared"), ("a home folder", r"(?<![\w.])/(home|root|Users)/\w|[A-Z]:\\Users"), ("a private address", r"\b(10|192\.168|172\.\d+)\.\d+\.\d+\.?\d*:\d+"),
     ("an address of a person", r"[\w.+-]+@(?!users\.noreply\.)[\w-]+\.(com|net|de|edu|io)\b"), ("a key", r"BEGIN [A-Z ]*PRIVATE KEY|\bgh[ps]_\w{30}|\bhf_\w{30}|\bsk-\w{30}")])
 def test_no_traces_of_a_machine(published, what, pattern):
     found = {name: match[0] for name, text in published.items() if name != "tests/test_package.py" and (match := re.search(pattern, text))}

@@ -8,6 +8,7 @@ __all__ = ['listed', 'how_to_run', 'scope', 'left_out', 'abstract', 'verdicts', 
 # %% ../../nbs/report/04_words.ipynb #cell-03
 from ..core.config import Claim
 from ..evidence.verdict import count, paragraph
+from .batch import main_metrics
 from .study import StudyReport
 from .tables import mean_and_spread
 
@@ -46,8 +47,8 @@ def abstract(report:StudyReport)->str:
     if not report.comparisons: return f"{scope(report)} There is nothing to compare yet: that takes runs of the baseline and of a variant."
     words = [f"the claim of {listed([f'`{v}`' for v in names])} is {outcome}" if len(names) == 1 else f"the claims of {listed([f'`{v}`' for v in names])} are {outcome}"
              for outcome, names in decided.items() if names]
-    text = f"{scope(report)} On these runs, {listed(words)}."
-    return text.replace("On these runs,", "On these runs nothing is decided yet:") if len(decided["undecided"]) == len(report.comparisons) else text
+    begin = "On these runs nothing is decided yet:" if len(decided["undecided"]) == len(report.comparisons) else "On these runs,"
+    return f"{scope(report)} {begin} {listed(words)}."
 
 def verdicts(report:StudyReport)->str:
     "A paragraph for each comparison, as Markdown."
@@ -65,7 +66,7 @@ def claim_sentence(claim:Claim|None, report:StudyReport)->str:
     "What a variant promises, as a sentence."
     if claim is None: return "No claim is made."
     metrics = report.study.metrics
-    text = f"It {claim.direction}s {metrics[claim.metric].label} by at least {claim.at_least:.6g}".replace(f"{claim.at_least:.6g}", f"{100 * claim.at_least:.6g} % of the baseline's")
+    text = f"It {claim.direction}s {metrics[claim.metric].label} by at least {100 * claim.at_least:.6g} % of the baseline's"
     if claim.guard: text += f", and does not make {metrics[claim.guard.metric].label} worse by more than {metrics[claim.guard.metric].show(claim.guard.margin, sign=True).lstrip('+')}"
     return text + "."
 
@@ -77,6 +78,6 @@ def hypotheses(report:StudyReport)->str:
 
 def headline_means(report:StudyReport)->str:
     "Each group's time and quality in a sentence."
-    time, quality = report.study.metrics["time_seconds"], next(m for m in report.study.metrics.values() if m.quality)
+    time, quality, _ = main_metrics(report.study)
     return listed([f"`{g.variant}` took {mean_and_spread(g.values('time_seconds'), time)} {time.unit} and reached {mean_and_spread(g.values(quality.name), quality)} {quality.unit}"
                    for g in report.groups]) + " (mean ± standard deviation)." if report.groups else how_to_run(report)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from ..core.batch import BatchPlan, batch_name, notebook_parameters, plan_batch
+from ..core.batch import BatchPlan, batch_name, make_folder, notebook_parameters, plan_batch
 from ..core.config import SpeedrunError
 from ..core.project import from_root, project_root
 from .plan import PlannedBatch, Sweep, completed_run_ids, plan
@@ -36,8 +36,7 @@ def run_notebook(
     checked = prepare(study, parameters)
     given = dict(parameters) | {"batch": checked.batch, "profile": checked.variant.profile, "outputs": str(checked.outputs)}
     target = checked.folder / "notebook.ipynb"
-    try: checked.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error: raise SpeedrunError(f"outputs: {checked.folder} cannot be written ({error.strerror}). Give a folder that can, with outputs=FOLDER.") from None
+    make_folder(checked)
     show = sys.stderr if echo else None
     try:
         papermill.execute_notebook(project_root() / "nbs" / f"run_{study}.ipynb", target, given, kernel_name="python3", progress_bar=False, cwd=project_root(),

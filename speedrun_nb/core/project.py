@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['project_root', 'from_root', 'Study', 'study_names', 'load_study', 'load_dataset', 'variant_names', 'profile_names',
-           'cuda_is_available', 'choose_profile', 'Variant', 'resolve', 'read_overrides']
+           'cuda_is_available', 'choose_profile', 'Variant', 'resolve', 'resolve_all', 'claim_of', 'read_overrides']
 
 # %% ../../nbs/core/01_project.ipynb #cell-03
 import configparser
@@ -17,6 +17,7 @@ from pathlib import Path
 from speedrun_nb.core.config import (
     Claim,
     SpeedrunError,
+    Target,
     build,
     check_settings,
     config_hash,
@@ -62,16 +63,19 @@ class Study:
     clock:str       # what `time_seconds` measures
     notice:object   # function: settings (flat) -> a sentence that must accompany results, or ""
     params:Path     # the folder of its variants
+    budget:str|None=None     # the setting that says how long to train: "train.epochs"
+    target:Target|None=None  # the quality that the speedrun asks for
 
 def study_names()->list[str]:
-    "The studies in `params/`."
-    return sorted(path.parent.name for path in (project_root() / "params").glob("*/baseline.yaml"))
+    "The packages that define a study: those with settings."
+    package = Path(importlib.util.find_spec("speedrun_nb").origin).parent
+    return sorted(path.parent.name for path in package.glob("*/settings.py"))
 
 def load_study(name:str)->Study:
     "Find a study by name. Raises `SpeedrunError` with the nearest valid name."
     one_of(name, study_names(), "study")
     module = importlib.import_module(f"speedrun_nb.{name}.settings")
-    return Study(name, module.TITLE, module.Settings, module.METRICS, module.CLOCK, module.notice, project_root() / "params" / name)
+    return Study(name, module.TITLE, module.Settings, module.METRICS, module.CLOCK, module.notice, project_root() / "params" / name, module.BUDGET, module.TARGET)
 
 def load_dataset(name:str):
     "Find a downloadable data set of any study by name. Raises `SpeedrunError` with the nearest valid name."
@@ -123,7 +127,7 @@ class Variant:
     @property
     def changed(self)->dict:
         "What differs from the baseline at the same size: name -> (baseline, here)."
-        return {name: (self.baseline[name], value) for name, value in self.flat.items() if value != self.baseline[name]}
+        return {name: (self.baseline.get(name), value) for name, value in self.flat.items() if value != self.baseline.get(name)}
 
 _KEYS = ["title", "extends", "set", "profiles", "claim", "source"]
 
@@ -182,6 +186,22 @@ def resolve(
     data = chain[-1] if chain else baseline
     claim = read_claim(data.get("claim"), study.metrics, str(data["path"]))
     return Variant(study, name, profile, data.get("title", name), settings, flat, plain, claim, data.get("source", ""), overrides)
+
+def resolve_all(
+    study:Study,
+    profile:str="auto",  # "auto" or the name of a profile
+)->dict[str, Variant]:   # by name, the baseline first; empty for a study without variants
+    "Every variant of a study at one size."
+    return {name: resolve(study, name, profile) for name in variant_names(study)}
+
+def claim_of(
+    study:Study,
+    name:str,      # of a variant
+)->Claim|None:     # None for a variant that has no file, such as one of published runs
+    "What a variant promises, at whatever size."
+    if name not in variant_names(study): return None
+    data = _read_variant(study, name)
+    return read_claim(data.get("claim"), study.metrics, str(data["path"]))
 
 def _merge_or_none(study, profile, overrides):
     "The baseline's settings with the same overrides; None where the overrides do not suit the baseline."

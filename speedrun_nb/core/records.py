@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'FINGERPRINT_LOSSES', 'FIELDS', 'Ready', 'Progress', 'Result', 'run_id', 'fingerprint', 'finite',
-           'append_record', 'write_json', 'read_records', 'read_runs', 'make_record']
+           'append_record', 'write_json', 'parse_line', 'read_records', 'read_runs', 'make_record']
 
 # %% ../../nbs/core/02_records.ipynb #cell-03
 import hashlib
@@ -48,6 +48,7 @@ class Result:
     peak_memory_bytes:int|None
     regions:dict = field(default_factory=dict)  # seconds by region of the clock
     error:str|None=None
+    tokens:dict|None=None  # {"trained", "unique"} where a study trains on tokens
 
 # %% ../../nbs/core/02_records.ipynb #cell-07
 SCHEMA = 1           # version of the record
@@ -101,6 +102,14 @@ def write_json(
     part.replace(path)
 
 # %% ../../nbs/core/02_records.ipynb #cell-12
+def parse_line(
+    line:bytes,
+)->dict|None:    # None where it is not a whole record
+    "The record in a line of runs.jsonl."
+    try: record = json.loads(line)
+    except (ValueError, RecursionError): return None
+    return record if isinstance(record, dict) and "run_id" in record else None
+
 def read_records(
     path:Path,                      # runs.jsonl
 )->tuple[list[dict], list[str]]:    # records; problems, each naming file and line
@@ -109,34 +118,22 @@ def read_records(
     lines = Path(path).read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
         if not line: continue
-        try: record = json.loads(line)
-        except ValueError: record = None
-        if isinstance(record, dict) and "run_id" in record: records.append(record)
+        if record := parse_line(line): records.append(record)
         else: problems.append(f"{path}, line {number}: {'half-written' if number == len(lines) else 'damaged'} record left out")
     return records, problems
 
 # %% ../../nbs/core/02_records.ipynb #cell-15
+FIELDS = ("schema run_id study profile variant config config_hash seed repeat batch block order host_id device precision threads package_hash "
+          "status error started_at ended_at time_seconds tokens regions clock peak_memory_bytes fingerprint curve").split()
+
 def read_runs(
     outputs:Path,                # the folder of collected runs
     study:str|None=None,         # only this study
     profile:str|None=None,       # only this profile
 ):                               # (pandas frame with one row a run, ordered by start; list of problems)
-    "Read every record below `outputs`."
-    import pandas as pd
-    records, problems = [], []
-    for path in sorted(Path(outputs).glob(f"{study or '*'}/{profile or '*'}/*/*/runs.jsonl")):
-        found, bad = read_records(path)
-        records += [_row(record) for record in found]
-        problems += bad
-    frame = pd.DataFrame(records, columns=None if records else FIELDS)
-    return frame.sort_values(["started_at", "run_id"], kind="stable", ignore_index=True), problems
-
-FIELDS = ("schema run_id study profile variant config config_hash seed repeat batch block order host_id device precision threads package_hash "
-          "status error started_at ended_at time_seconds regions clock peak_memory_bytes fingerprint curve").split()
-
-def _row(record):
-    "A record with its metrics as fields; fields that it lacks are None."
-    return {name: record.get(name) for name in FIELDS} | (record.get("metrics") or {})
+    "Read every record below `outputs`; see `speedrun_nb.core.collect.collect`."
+    from speedrun_nb.core.collect import collect
+    return collect(outputs, study, profile)
 
 # %% ../../nbs/core/02_records.ipynb #cell-18
 def make_record(
@@ -152,7 +149,7 @@ def make_record(
     return {
         "schema": SCHEMA, "run_id": run_id(cell["study"], cell["profile"], cell["config_hash"], result.seed, cell["repeat"]), **cell,
         "seed": result.seed, "device": ready.device, "precision": ready.precision, "threads": ready.threads,
-        "status": result.status, "error": result.error, "time_seconds": result.time_seconds, "regions": result.regions,
+        "status": result.status, "error": result.error, "time_seconds": result.time_seconds, "tokens": result.tokens, "regions": result.regions,
         "peak_memory_bytes": result.peak_memory_bytes, "metrics": measured, "curve": result.curve,
         "fingerprint": fingerprint(result.losses, quality) if result.losses else None,
     }

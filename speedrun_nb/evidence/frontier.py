@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MINIMUM', 'STEEPEST', 'NEGLIGIBLE', 'REJECTED', 'BEYOND', 'LONGEST', 'STEPS', 'budget_groups', 'Point',
-           'TimeDistance', 'QualityDistance', 'Curve', 'Frontier', 'frontier', 'sentence']
+           'TimeDistance', 'QualityDistance', 'Curve', 'Frontier', 'frontier']
 
 # %% ../../nbs/evidence/09_frontier.ipynb #cell-02
 import math
@@ -374,52 +374,3 @@ def frontier(
     return Frontier(time=in_time, time_reason=time_reason, quality=in_quality, quality_reason=quality_reason,
                     inside=bool(in_time and in_quality and not in_time.outside and not in_quality.outside),
                     better=_better(in_time, time_reason, scan), curve=tuple(_curve(f, sign) for f in fits), **describe)
-
-# %% ../../nbs/evidence/09_frontier.ipynb #cell-60
-def _finer(metric:Metric, interval:tuple|None, value:float)->Metric:
-    "Decimals for two significant digits of half an interval, or of the value without one; never fewer than the metric is shown with."
-    ends = [x for x in interval or () if x is not None]
-    size = abs(ends[1] - ends[0]) / 2 if len(ends) == 2 else max(abs(x - value) for x in ends) if ends else abs(value)
-    return replace(metric, digits=min(12, max(metric.digits, 1 - math.floor(math.log10(size * metric.scale))))) if size else metric
-
-def _change(value:float, metric:Metric)->str:
-    "`0.041 s less`"
-    return f"{metric.show(abs(value), sign=True).lstrip('+')} {'less' if value < 0 else 'more'}"
-
-def _range(interval:tuple[float|None,float|None], metric:Metric)->str:
-    "`0.031 s less to 0.01 s more`, `at least 0.03 s less`"
-    low, high = interval
-    if low is None: return f"at {'least' if high < 0 else 'most'} {_change(high, metric)}"
-    if high is None: return f"at {'least' if low > 0 else 'most'} {_change(low, metric)}"
-    if low < 0 <= high: return f"{_change(low, metric)} to {_change(high, metric)}"
-    small, large = sorted((low, high), key=abs)
-    return f"{_change(small, metric).partition(' ')[0]} to {_change(large, metric)}"
-
-def _brackets(interval:tuple|None, metric:Metric, p:float|None=None)->str:
-    "An interval and a p-value, where there are any."
-    tested = "" if p is None else "; p < 0.001" if p < 0.001 else f"; p = {p:.3g}"
-    return f" (95 % interval {_range(interval, metric)}{tested})" if interval else ""
-
-def sentence(
-    frontier:Frontier,
-    name:str,         # of the variant, as readers know it
-    time:Metric,
-    quality:Metric,
-)->str:
-    "Both distances and what follows from them, for a paper."
-    t, q, found = frontier.time, frontier.quality, []
-    if t:
-        shown = _finer(time, t.ci95, t.absolute)
-        found.append(f"For the {quality.label} that {name} reaches in {shown.show(t.needs + t.absolute)}, the baseline would need {shown.show(t.needs)}: "
-                     f"{name} takes {_change(t.absolute, shown)}, {100 * abs(t.relative):.1f} % of that{_brackets(t.ci95, shown)}.")
-    else: found.append(f"How long the baseline would need for the {quality.label} of {name} cannot be said: {frontier.time_reason}.")
-    if q:
-        shown = _finer(quality, q.ci95, q.absolute)
-        found.append(f"Trained for as long as {name}, the baseline would reach {shown.show(q.reaches)}: {name} reaches {_change(q.absolute, shown)}{_brackets(q.ci95, shown, q.p)}.")
-    else: found.append(f"What the baseline would reach in the time of {name} cannot be said: {frontier.quality_reason}.")
-    side = {True: f"{name} is better", False: f"{name} is worse", None: f"it is not shown that {name} is any better or worse"}[frontier.better]
-    if t or q or frontier.better is not None: found.append(f"So {side} than the baseline trained for a shorter or longer time.")
-    outside = max((d.outside for d in (t, q) if d), default=0)
-    if outside >= 0.005: found.append(f"This extends the baseline's measured range of budgets by {100 * outside:.0f} %.")
-    if frontier.left_out: found.append(f"Of the completed runs of {name}, {frontier.left_out} could not be used: a metric is missing, or their host has too few runs or budgets.")
-    return " ".join(found)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'JSON', 'Outputs', 'Profile', 'StudyName', 'DataName', 'doctor', 'variants', 'runs', 'run', 'sweep',
-           'compare', 'render', 'data_fetch', 'data_check', 'main']
+           'compare', 'audit', 'import_', 'plan', 'render', 'data_fetch', 'data_check', 'main']
 
 # %% ../nbs/cli.ipynb #cell-03
 import json
@@ -36,9 +36,15 @@ def _print(rows:list[dict], title:str="")->None:
     "A table on standard output; whole words wherever it is piped to."
     console = Console(width=None if sys.stdout.isatty() else 200)
     table = Table(title=title or None, title_justify="left")
-    for name in rows[0] if rows else (): table.add_column(name, overflow="fold")
-    for row in rows: table.add_row(*("" if value is None else str(value) for value in row.values()))
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    for name in columns: table.add_column(name, overflow="fold")
+    for row in rows: table.add_row(*(_text(row.get(name)) for name in columns))
     console.print(table, markup=False) if rows else console.print("nothing yet")
+
+def _text(value)->str:
+    "A cell: nothing for what is not known, whole numbers without a point."
+    if value is None or value != value: return ""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 def _print_json(data)->None: print(json.dumps(data, indent=1, ensure_ascii=False, default=str))
 
@@ -86,9 +92,11 @@ def doctor(as_json:JSON=False):
 def variants(study:Annotated[str | None, typer.Argument(help="Name of a study; all by default.", show_default=False)]=None,
              profile:Annotated[str, typer.Option(help="At which size: demo, cpu, full, or auto.")]="auto", as_json:JSON=False):
     "List the variants: what each changes and what it claims. A new one is a YAML file in params/STUDY/."
-    from speedrun_nb.core.project import load_study, study_names
-    from speedrun_nb.report.study import resolve_all
+    from speedrun_nb.core.project import load_study, resolve_all, study_names
     found = [variant for name in ([study] if study else study_names()) for variant in resolve_all(load_study(name), profile).values()]
+    if not found and not as_json:
+        print(f"{study} has no variants in params/ yet; runs published elsewhere can be imported, compared and audited")
+        return
     if as_json:
         _print_json([dict(study=v.study.name, variant=v.name, title=v.title, profile=v.profile, config_hash=v.config_hash, source=v.source, config=v.flat,
                           changed={name: new for name, (_, new) in v.changed.items()}, claim=v.claim and vars(v.claim) | {"guard": v.claim.guard and vars(v.claim.guard)}) for v in found])
@@ -151,28 +159,123 @@ def sweep(file:Annotated[str, typer.Argument(help="A sweep file, such as params/
 @app.command()
 def compare(study:StudyName, baseline:Annotated[str, typer.Argument(help="A variant, or variant@hash for runs with overrides.", show_default=False)],
             variant:Annotated[str, typer.Argument(help="The variant to judge, likewise.", show_default=False)],
-            metric:Annotated[str | None, typer.Option(help="What to compare; the claim's metric by default.")]=None,
+            metric:Annotated[str | None, typer.Option(help="What to compare; the claim's metric by default, or else time.", show_default=False)]=None,
+            where:Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Only runs with this value in a column or setting: host_id=a1b2, seed=3, train.epochs=9.9; may be repeated.", show_default=False)]=None,
             profile:Profile=None, outputs:Outputs="outputs", as_json:JSON=False):
-    """Compare a variant with the baseline: difference, interval, test, guard, and a verdict in words.
+    """Compare a variant with the baseline: difference, intervals, tests, hosts, pairs, guard, frontier, and a verdict in words.
 
     Example: `speedrun compare cifar baseline det_crop`
     """
-    from speedrun_nb.core.project import from_root, load_study
-    from speedrun_nb.core.records import read_runs
+    from speedrun_nb.core.project import load_study
+    from speedrun_nb.evidence.comparison import compare as compare_by_name
     from speedrun_nb.evidence.verdict import paragraph
-    from speedrun_nb.report.study import compare_variant
+    from speedrun_nb.report.evidence import evidence_rows, side_rows
     chosen = load_study(study)
-    frame, problems = read_runs(from_root(outputs), chosen.name)
-    _warn(problems)
-    result = compare_variant(chosen, frame, baseline, variant, profile, metric)
+    frame, provenances = _read(outputs, chosen.name)
+    result = compare_by_name(frame, chosen, baseline, variant, profile, metric, _conditions(where), provenances)
     if as_json:
         _print_json(result.as_dict())
         return
-    sides, shown = (result.baseline, result.variant), result.metric
-    _print([{"": side.name, "runs": side.n, **{name: shown.show(getattr(side, name)) for name in ("mean", "sd", "median", "min", "max")},
-             "95 % interval of the mean": " to ".join(map(shown.show, side.ci95)) if side.ci95 else "not known"} for side in sides], f"{chosen.title}, profile {result.profile}: {shown.label}")
+    _print(side_rows(result), f"{chosen.title}, profile {result.profile}: {result.metric.label} ({result.metric.better} is better)")
+    for title, rows in evidence_rows(result, chosen.metrics).items(): _print(rows, title)
     print(f"\n{result.verdict.outcome}\n\n{paragraph(result)}")
-    if note := chosen.notice(frame[frame["profile"] == result.profile].iloc[0]["config"]): print(f"\n{note}")
+    for finding in result.findings:
+        if finding.severity != "serious": print(f"\n{finding.severity}: {finding.message} {finding.remedy} [{finding.id}]")
+    if note := chosen.notice(frame[frame["profile"] == result.profile].iloc[0]["config"] or {}): print(f"\n{note}")
+
+def _conditions(pairs:list[str]|None)->dict[str, str]:
+    "`--where key=value` options as a mapping."
+    if wrong := [pair for pair in pairs or () if "=" not in pair]: raise SpeedrunError(f"--where {wrong[0]}: expected KEY=VALUE, for example --where host_id=a1b2")
+    return dict(pair.split("=", 1) for pair in pairs or ())
+
+def _read(outputs:str, study:str|None=None):
+    "All runs and where they come from; problems go to standard error."
+    from speedrun_nb.core.project import from_root
+    from speedrun_nb.core.records import read_runs
+    from speedrun_nb.report.study import read_provenances
+    folder = from_root(outputs)
+    if not folder.is_dir(): raise SpeedrunError(f"there is no folder {folder}: nothing was run or imported there yet; see `speedrun run --help` and `speedrun import --help`, or name another by --outputs")
+    frame, problems = read_runs(folder, study)
+    _warn(problems)
+    return frame, read_provenances(folder, study)
+
+@app.command()
+def audit(study:Annotated[str | None, typer.Argument(help="Name of a study; all that have runs by default.", show_default=False)]=None,
+          profile:Annotated[str | None, typer.Option("--profile", help="Only runs of this profile; all by default.", show_default=False)]=None,
+          outputs:Outputs="outputs", as_json:JSON=False):
+    """Say how the results could be wrong: copies, settings that did not take effect, machines mixed up, drift, and some twenty more.
+
+    Each finding has a stable id, a severity (serious, warning, note), the runs concerned, the figures that show it, and a remedy.
+
+    Example: `speedrun audit cifar`
+    """
+    from speedrun_nb.core.project import load_study
+    from speedrun_nb.evidence.audit import audit as audit_study
+    frame, provenances = _read(outputs, load_study(study).name if study else None)
+    names = [study] if study else sorted(set(frame["study"].dropna())) or [None]
+    if names == [None]: raise SpeedrunError("there are no runs to audit yet; make some with `speedrun run`, or import published ones with `speedrun import`")
+    found = [finding for name in names for finding in audit_study(frame, load_study(name), profile, provenances)]
+    if as_json:
+        _print_json([finding.as_dict() for finding in found])
+        return
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    colours = {"serious": "red", "warning": "yellow", "note": "cyan"}
+    for f in found:
+        console.print(f"[{colours[f.severity]} bold]{f.severity}[/] [bold]{f.id}[/] ({f.study}, {f.profile})")
+        console.print(f"  {f.message}\n  Remedy: {f.remedy}\n", markup=False, highlight=False)
+    counts = {severity: sum(f.severity == severity for f in found) for severity in colours}
+    print(", ".join(f"{n} {severity}" for severity, n in counts.items()) if found else "nothing found")
+
+@app.command("import")
+def import_(path:Annotated[Path, typer.Argument(help="A log, the folder of an experiment, or any folder above such.", show_default=False)],
+            study:Annotated[str | None, typer.Option(help="Which study the runs are of; by default what the logs show.", show_default=False)]=None,
+            variant:Annotated[str | None, typer.Option(help="What to call the variant; by default the experiment's name in the logs.", show_default=False)]=None,
+            host:Annotated[str | None, typer.Option(help="The machine that they ran on, which logs seldom name.", show_default=False)]=None,
+            map_file:Annotated[Path | None, typer.Option("--map", help="A YAML file that names study, variant, host and repeat by path pattern, such as params/maps/published.yaml.", show_default=False)]=None,
+            outputs:Outputs="outputs", as_json:JSON=False):
+    """Import published runs: experiment folders (results.jsonl), log.json of benchmark scripts, the speedrun's text logs, CSV grids.
+
+    They become ordinary records in the profile `published`. Importing twice adds nothing; a file that cannot be read is named, and the others are imported.
+
+    Example: `speedrun import logs/ --map params/maps/published.yaml`
+    """
+    from speedrun_nb.core.project import from_root
+    from speedrun_nb.evidence.describe import plain
+    from speedrun_nb.evidence.imports import import_runs
+    report = import_runs(path, from_root(outputs), study, variant, host, map_file)
+    if as_json: _print_json(plain(report))
+    else:
+        _print([{"study": b["study"], "variant": b["variant"], "host": b["host"], "runs": b["runs"], "format": b["format"], "from": b["source"]} for b in report.imported])
+        if report.already: print(f"{len(report.already)} imported before, so not again")
+    _warn(report.contradictions)
+    if report.refused: raise SpeedrunError(f"{len(report.refused)} refused, the others are imported:\n" + "\n".join(report.refused))
+
+@app.command()
+def plan(study:StudyName, effect:Annotated[str, typer.Option(help="Relative change to detect, such as 1%.")]="1%",
+         power:Annotated[float, typer.Option(help="Probability of detecting it.")]=0.8,
+         margin:Annotated[str | None, typer.Option(metavar="METRIC=VALUE", help="A guard to plan for: accuracy=0.0005; in the metric's stored unit; by default the smallest that a claim in params/ guards.", show_default=False)]=None,
+         runs:Annotated[int | None, typer.Option(help="The other way round: what so many runs on each side can detect.", show_default=False)]=None,
+         metric:Annotated[str, typer.Option(help="What is to change.")]="time_seconds",
+         price:Annotated[float | None, typer.Option(help="Price of an hour on the machine.", show_default=False)]=None,
+         baseline:Annotated[str, typer.Option(help="Whose runs show the spread.")]="baseline",
+         figure:Annotated[Path | None, typer.Option(help="Also draw the power curve into this file: .png, .svg or .pdf.", show_default=False)]=None,
+         profile:Profile=None, outputs:Outputs="outputs", as_json:JSON=False):
+    """Say how many runs a question needs, from the spread of those that there are: for superiority, non-inferiority and equivalence, hours and money.
+
+    Example: `speedrun plan cifar --effect 1% --margin accuracy=0.0005 --price 2.5`
+    """
+    from speedrun_nb.core.project import load_study
+    from speedrun_nb.evidence.findings import make_case
+    from speedrun_nb.evidence.questions import plan_case
+    from speedrun_nb.report.figures import power_curves
+    chosen = load_study(study)
+    frame, provenances = _read(outputs, chosen.name)
+    planned = plan_case(make_case(frame, chosen, profile, provenances), effect, power, margin, metric, runs, price, baseline)
+    if as_json: _print_json(planned.as_dict())
+    else: _print(planned.rows(), f"{chosen.title}, profile {planned.profile}: runs on each side, from the spread of {planned.baseline}")
+    if figure:
+        power_curves(planned).savefig(figure, bbox_inches="tight")
+        print(f"power curve: {figure}", file=sys.stderr)
 
 @app.command()
 def render(document:Annotated[str | None, typer.Argument(help="A document in paper/, such as cifar10; all by default.", show_default=False)]=None,

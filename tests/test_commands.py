@@ -18,7 +18,7 @@ from speedrun_nb.report.study import made_up_runs
 from speedrun_nb.sweep import execute
 from speedrun_nb.sweep.plan import read_sweep
 
-COMMANDS = ["doctor", "variants", "runs", "run", "sweep", "compare", "render", "data"]
+COMMANDS = ["doctor", "variants", "runs", "run", "sweep", "compare", "audit", "import", "plan", "render", "data"]
 VARIANTS = ["baseline", "det_crop", "det_crop_backoff", "det_crop_then_random", "random_crop_backoff"]
 
 
@@ -71,7 +71,8 @@ def test_help_names_every_command(speedrun):
 
 @pytest.mark.parametrize("command, words", [
     ("doctor", ["--json"]), ("variants", ["--json", "--profile"]), ("runs", ["--json", "--outputs", "--profile"]), ("run", ["--parameter", "seeds", "overrides"]),
-    ("sweep", ["--dry-run", "--outputs"]), ("compare", ["--json", "--metric", "--profile", "--outputs"]), ("render", ["--engine", "--profile", "--outputs"]),
+    ("sweep", ["--dry-run", "--outputs"]), ("compare", ["--json", "--metric", "--where", "--profile", "--outputs"]), ("audit", ["--json", "--profile", "--outputs"]),
+    ("import", ["--study", "--variant", "--host", "--map", "--outputs", "--json"]), ("plan", ["--effect", "--power", "--margin", "--runs", "--price", "--figure", "--json"]), ("render", ["--engine", "--profile", "--outputs"]),
     ("data", ["fetch", "check"]), ("data fetch", ["Download a data set"]), ("data check", ["--json"])])
 def test_help_of_a_command(speedrun, command, words):
     done = speedrun(*command.split(), "--help")
@@ -259,10 +260,12 @@ def test_values_that_are_not_known(speedrun, tmp_path):
 # compare
 
 COMPARISON = {
-    "schema": None, "study": None, "profile": None, "metric": None, "claim": {"metric", "direction", "at_least"},
+    "schema": None, "study": None, "profile": None, "metric": None, "better": None, "claim": {"metric", "direction", "at_least"},
     "baseline": {"name", "variant", "config_hash", "n", "mean", "sd", "median", "min", "max", "ci95", "failed", "diverged", "duplicates"},
     "variant": {"name", "variant", "config_hash", "n", "mean", "sd", "ci95"}, "difference": {"absolute", "relative", "ci95", "ci95_relative", "better"},
-    "tests": {"welch"}, "effect": {"cohens_d"}, "guard": {"metric", "margin", "difference", "bound", "p", "outcome"}, "verdict": {"outcome", "reasons"}}
+    "tests": {"welch", "student", "mann_whitney", "permutation", "levene", "shapiro"}, "effect": {"cohens_d", "hedges_g", "ci95", "probability_better"},
+    "strata": None, "stratified": None, "paired": {"n", "mean", "t", "p", "ci95", "correlation"}, "frontier": None, "target": None, "family": {"method", "p_adjusted"},
+    "estimate": {"method", "absolute", "p"}, "findings": None, "guard": {"metric", "margin", "difference", "bound", "p", "outcome"}, "verdict": {"outcome", "reasons"}}
 
 
 def test_compare_as_json(speedrun, simulated):
@@ -309,6 +312,53 @@ def test_the_notice_is_that_of_the_compared_runs(speedrun, tmp_path, profile, sy
     for name in ("demo", "cpu"): made_up_runs(tmp_path, profile=name, effects={"baseline": (0, 0), "det_crop": (-0.4, 0.01)})
     done = speedrun("compare", "cifar", "baseline", "det_crop", "--outputs", tmp_path, "--profile", profile)
     assert done.code == 0 and ("synthetic images, not with CIFAR-10" in done.out) == synthetic
+
+
+def test_compare_some_runs(speedrun, simulated):
+    few = strict_json(speedrun("compare", "cifar", "baseline", "det_crop", "--outputs", simulated, "--where", "host_id=simulated", "--where", "train.epochs=3", "--json").out)
+    assert few["baseline"]["n"] == 8
+    for wrong, expected in (("hots=1", 'Did you mean "host_id"'), ("host_id=nowhere", "there are simulated"), ("host_id", "expected KEY=VALUE")):
+        done = speedrun("compare", "cifar", "baseline", "det_crop", "--outputs", simulated, "--where", wrong)
+        assert done.code == 1 and done.out == "" and expected in done.err
+
+
+# audit, import, plan
+
+def test_audit(speedrun, simulated, tmp_path):
+    found = strict_json(speedrun("audit", "cifar", "--outputs", simulated, "--json").out)
+    assert isinstance(found, list) and all({"id", "severity", "message", "remedy", "runs", "groups", "figures"} <= finding.keys() for finding in found)
+    assert {f["id"] for f in found if f["severity"] == "serious"} <= {"guard-missed"}
+    done = speedrun("audit", "--outputs", simulated)
+    assert done.code == 0 and "Remedy:" in done.out and re.search(r"\d serious, \d+ warning, \d+ note", done.out)
+    empty = speedrun("audit", "--outputs", tmp_path)
+    assert empty.code == 1 and "no runs to audit yet" in empty.err
+    assert "there is no folder" in speedrun("audit", "--outputs", tmp_path / "absent").err
+
+
+def test_import_compare_audit(speedrun, tmp_path):
+    for name, seconds in (("baseline", 4.4), ("faster", 4.2)):
+        folder = tmp_path / "logs" / name
+        folder.mkdir(parents=True)
+        rows = [dict(run_id=i, seed=i, accuracy=0.94 + i % 3 / 1000, time_seconds=seconds + i % 4 / 100, success=True) for i in range(8)]
+        (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = speedrun("import", tmp_path / "logs", "--study", "cifar", "--host", "one", "--outputs", tmp_path / "out")
+    assert done.code == 0 and len(lines_of(done.out, "experiment folder")) == 2
+    assert "imported before" in speedrun("import", tmp_path / "logs", "--study", "cifar", "--outputs", tmp_path / "out").out
+    compared = strict_json(speedrun("compare", "cifar", "baseline", "faster", "--outputs", tmp_path / "out", "--json").out)
+    assert compared["profile"] == "published" and compared["difference"]["better"] is True and compared["baseline"]["n"] == 8
+    (tmp_path / "logs" / "faster" / "results.jsonl").write_text("not json\n")
+    broken = speedrun("import", tmp_path / "logs", "--study", "cifar", "--outputs", tmp_path / "other")
+    assert broken.code == 1 and "results.jsonl, line 1" in broken.err and len(lines_of(broken.out, "experiment folder")) == 1
+
+
+def test_plan(speedrun, simulated, tmp_path):
+    planned = strict_json(speedrun("plan", "cifar", "--outputs", simulated, "--effect", "2%", "--runs", 10, "--price", 2, "--json").out)
+    assert planned["answers"][0]["runs"] >= 5 and planned["n"] == 10
+    drawn = speedrun("plan", "cifar", "--outputs", simulated, "--figure", tmp_path / "power.png")
+    assert drawn.code == 0 and (tmp_path / "power.png").stat().st_size > 5000 and "runs a side" in drawn.out
+    for wrong, expected in ((["--effect", "much"], "effect"), (["--margin", "accuarcy=1"], 'Did you mean "accuracy"'), (["--power", "80"], "power"), (["--metric", "tiem"], "no metric")):
+        done = speedrun("plan", "cifar", "--outputs", simulated, *wrong)
+        assert done.code == 1 and done.out == "" and expected in done.err
 
 
 # sweep

@@ -14,10 +14,14 @@ from statsmodels.stats.meta_analysis import effectsize_smd
 from statsmodels.stats.weightstats import CompareMeans, DescrStatsW
 
 from speedrun_nb.core.config import Claim, Guard, Metric, SpeedrunError
-from speedrun_nb.evidence.compare import cohens_d, compare, difference, non_inferiority, relative_interval, welch
+from speedrun_nb.evidence.comparison import compare_groups as compare
 from speedrun_nb.evidence.describe import describe, finite
+from speedrun_nb.evidence.effect import cohens_d
+from speedrun_nb.evidence.estimate import MINIMUM_RUNS, difference
 from speedrun_nb.evidence.groups import Group, find_group, make_group, select, split
-from speedrun_nb.evidence.verdict import MINIMUM_RUNS, effect_outcome, paragraph
+from speedrun_nb.evidence.guard import non_inferiority
+from speedrun_nb.evidence.tests import relative_interval, welch
+from speedrun_nb.evidence.verdict import effect_outcome, paragraph
 
 TIME = Metric("time_seconds", "training time", "s", "lower")
 ACCURACY = Metric("accuracy", "accuracy", "%", "higher", scale=100)
@@ -35,7 +39,8 @@ def no_warnings():
 
 def group(name, time, accuracy, failed=0, diverged=0, duplicates=0):
     "A group with these values, one a run."
-    runs = pd.DataFrame(dict(seed=range(len(time)), repeat=0, time_seconds=time, accuracy=accuracy))
+    first = 0 if name.startswith("b") else 1000  # no shared seeds, so no pairs
+    runs = pd.DataFrame(dict(seed=range(first, first + len(time)), repeat=0, time_seconds=time, accuracy=accuracy))
     return Group("cifar", "full", name, f"hash-{name}", {}, runs, failed, diverged, runs.iloc[:duplicates], name)
 
 
@@ -323,21 +328,36 @@ def test_what_cannot_be_compared():
     for pair, words in (((b, b), "same group"), ((b, replace(v, profile="demo")), "profile"), ((replace(b, study="gpt"), v), "study")):
         with pytest.raises(SpeedrunError, match=words): compare(*pair, CLAIM, METRICS)
     with pytest.raises(SpeedrunError, match='Did you mean "time_seconds"'): compare(b, v, CLAIM, METRICS, "time_second")
-    with pytest.raises(SpeedrunError, match="which metric"): compare(b, v, None, METRICS)
+    assert compare(b, v, None, METRICS).metric is TIME  # without a claim, time
 
 
 # ---------------------------------------------------------------- the documented object
 
 def test_json_shape():
     c = compare(group("b", VARIED, VARIED), group("v", VARIED, VARIED), CLAIM, METRICS).as_dict()
-    assert c["schema"] == 1
-    assert list(c) == ["schema", "study", "profile", "metric", "claim", "baseline", "variant", "difference", "tests", "effect", "guard", "verdict"]
-    described = ["n", "missing", "mean", "sd", "median", "min", "max", "ci95", "ci99"]
+    assert c["schema"] == 2
+    assert list(c) == ["schema", "study", "profile", "metric", "better", "claim", "baseline", "variant", "difference", "tests", "effect", "strata", "stratified", "paired",
+                       "guard", "frontier", "target", "family", "estimate", "findings", "verdict"]
+    described = ["n", "missing", "mean", "sd", "median", "min", "max", "ci95", "ci99", "percentiles", "cv"]
     assert list(c["baseline"]) == list(c["variant"]) == described + ["name", "variant", "config_hash", "failed", "diverged", "duplicates"]
-    assert list(c["difference"]) == ["absolute", "relative", "ci95", "ci95_relative", "better"]
-    assert list(c["tests"]["welch"]) == ["t", "df", "p"] and list(c["effect"]) == ["cohens_d"]
-    assert list(c["guard"]) == ["metric", "margin", "baseline", "variant", "difference", "bound", "lower_bound", "p", "outcome"]
-    assert list(c["guard"]["baseline"]) == described and list(c["verdict"]) == ["outcome", "reasons"]
+    assert set(c["difference"]) == {"absolute", "relative", "ci95", "ci95_relative", "bca95", "better"}
+    assert {name: set(test) for name, test in c["tests"].items()} == {
+        "welch": {"t", "df", "p"}, "student": {"t", "p"}, "mann_whitney": {"u", "p"}, "permutation": {"p", "exact", "smallest_p", "permutations"}, "levene": {"p"}, "shapiro": {"baseline", "variant"}}
+    assert list(c["effect"]) == ["cohens_d", "hedges_g", "ci95", "probability_better"]
+    assert list(c["guard"]) == ["metric", "margin", "baseline", "variant", "difference", "bound", "lower_bound", "p", "outcome", "equivalence"]
+    assert list(c["guard"]["equivalence"]) == ["equivalent", "p", "ci90"] and list(c["guard"]["baseline"]) == described and list(c["verdict"]) == ["outcome", "reasons"]
+    assert c["strata"] == [] and c["stratified"] is c["paired"] is c["frontier"] is c["target"] is c["family"] is None
+
+
+def test_json_shape_of_strata_and_pairs():
+    rng = np.random.default_rng(3)
+    def side(name, effect):
+        runs = pd.DataFrame(dict(seed=range(12), repeat=0, host_id=["a", "b"] * 6, time_seconds=rng.normal(4.4 + effect, 0.05, 12), accuracy=0.94))
+        return Group("cifar", "full", name, name, {}, runs, 0, 0, runs.iloc[:0], name)
+    c = compare(side("b", 0), side("v", -0.2), None, METRICS).as_dict()
+    assert [s["name"] for s in c["strata"]] == ["host a", "host b"] and set(c["strata"][0]["difference"]) == set(c["difference"])
+    assert c["stratified"].keys() >= {"absolute", "relative", "se", "z", "p", "ci95", "heterogeneity_p", "random"} and c["estimate"]["method"] == "stratified"
+    assert c["paired"].keys() >= {"n", "mean", "t", "p", "ci95", "correlation"} and c["paired"]["n"] == 12
 
 
 # ---------------------------------------------------------------- groups
@@ -395,6 +415,5 @@ def test_profiles_are_a_choice():
 
 
 def test_evidence_does_not_import_torch():
-    code = ("import sys, speedrun_nb.evidence.describe, speedrun_nb.evidence.groups, speedrun_nb.evidence.compare, speedrun_nb.evidence.verdict; "
-            "sys.exit('torch' in sys.modules)")
+    code = "import sys, speedrun_nb.evidence.imports, speedrun_nb.evidence.audit, speedrun_nb.evidence.questions; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -72,7 +72,7 @@ def styled_figure(
         if not figure.axes:
             axis = figure.subplots()
             axis.axis("off")
-            axis.text(0.5, 0.5, "no runs yet", ha="center", va="center", color="#888888")
+            axis.text(0.5, 0.5, "nothing to show", ha="center", va="center", color="#888888")
         if notice: figure.supxlabel(notice, fontsize=6.5, color="#a04000")
 
 def axis_label(metric:Metric)->str:

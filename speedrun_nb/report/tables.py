@@ -10,6 +10,8 @@ __all__ = ['NBSP', 'mean_and_spread', 'interval', 'runs_table', 'summary_table',
 import math
 from collections.abc import Iterable
 
+import pandas as pd
+
 from ..core.config import Metric, show_setting
 from ..evidence.describe import describe
 from ..evidence.verdict import finer, p_value
@@ -41,11 +43,21 @@ def interval(
     return " to ".join(shown.show(edge).partition(" ")[0] for edge in d.ci95)
 
 # %% ../../nbs/report/02_tables.ipynb #cell-07
-def runs_table(report:StudyReport)->str:
-    "Every run of a study, as it was recorded."
-    rows = report.frame.sort_values(["variant", "config_hash", "seed", "started_at"]).to_dict("records")
-    return markdown([{"variant": r["variant"], "settings": str(r["config_hash"])[:6], "seed": r["seed"], "status": r["status"],
-                      **cells(r, main_metrics(report.study))} for r in rows], right=4)
+def runs_table(report:StudyReport, most:int=200)->str:
+    "Every run of a study, as it was recorded; every batch where there are more than `most` runs."
+    frame = report.frame.sort_values(["variant", "config_hash", "batch", "seed", "started_at"], kind="stable")
+    if len(frame) > most: return _batches_table(report, frame)
+    return markdown([{"variant": r["variant"], "settings": str(r["config_hash"])[:6], "seed": "–" if pd.isna(r["seed"]) else int(r["seed"]), "status": r["status"],
+                      **cells(r, main_metrics(report.study))} for r in frame.to_dict("records")], right=4)
+
+def _batches_table(report, frame)->str:
+    "A row a batch."
+    rows = []
+    for (variant, batch), part in frame.groupby(["variant", "batch"], sort=False):
+        counts = ", ".join(f"{n} {status}" for status, n in part["status"].value_counts().items())
+        means = {m.axis: mean_and_spread(part[m.name], m) for m in main_metrics(report.study) if m.name in part}
+        rows.append({"variant": variant, "batch": batch, "host": part["host_id"].iloc[0], "runs": counts, **means})
+    return markdown(rows, right=4)
 
 # %% ../../nbs/report/02_tables.ipynb #cell-09
 def summary_table(report:StudyReport)->str:
@@ -61,15 +73,19 @@ def summary_table(report:StudyReport)->str:
     return markdown(rows)
 
 def comparison_table(report:StudyReport)->str:
-    "A row a variant: the change from the baseline on the claim's metric (↓ lower, ↑ higher is better), its test, the guard and the verdict."
+    "A row a variant: the change from the baseline on the claim's metric (↓ lower, ↑ higher is better), how it was estimated, its test, the guard and the verdict."
     rows = []
     for c in report.comparisons:
-        d, test = c.difference, c.tests.welch
-        rows.append({"variant": c.variant.name, "verdict": c.verdict.outcome, "metric": f"{'↓' if c.metric.better == 'lower' else '↑'}{NBSP}{c.metric.axis.replace(' ', NBSP)}",
-                     "change": _signed(d.absolute, d.ci95, c.metric.scale, c.metric.digits), "change (%)": _signed(d.relative, d.ci95_relative, 100, 1), "95 % interval (%)": _signed_interval(d.ci95_relative, 100, 1),
-                     "Welch's p": p_value(test.p).removeprefix("p ").removeprefix("= ") if test else None, "Cohen's d": f"{c.effect.cohens_d:+.2f}" if c.effect.cohens_d is not None else None,
-                     "guard": c.guard.outcome if c.guard else None})
+        e = c.estimate
+        row = {"variant": c.variant.name, "verdict": c.verdict.outcome, "metric": f"{'↓' if c.metric.better == 'lower' else '↑'}{NBSP}{c.metric.axis.replace(' ', NBSP)}",
+               "by": "at equal quality" if e.method == "frontier" else "Welch" if e.method == "welch" else f"within {c.strata[0].kind}s" if e.method == "stratified" else "pairs",
+               "change": _signed(e.absolute, e.ci95, c.metric.scale, c.metric.digits), "change (%)": _signed(e.relative, e.ci95_relative, 100, 1), "95 % interval (%)": _signed_interval(e.ci95_relative, 100, 1),
+               "p": _plain_p(e.p)}
+        if any(other.family for other in report.comparisons): row["p (Holm)"] = _plain_p(c.family and c.family.p_adjusted)
+        rows.append(row | {"Hedges' g": f"{c.effect.hedges_g:+.2f}" if c.effect.hedges_g is not None else None, "guard": c.guard.outcome if c.guard else None})
     return markdown(rows)
+
+def _plain_p(p)->str|None: return None if p is None else p_value(p).removeprefix("p ").removeprefix("= ")
 
 def _decimals(interval, scale, least)->int:
     "Decimals that suit an interval: two digits of its half-width."

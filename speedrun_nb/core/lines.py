@@ -112,12 +112,12 @@ class Cutter:
         find, fits, left, dicts, cuts = data.find, data.startswith, self.left, self.dicts, self.layouts[code].cuts
         while (end := find(b"\n", start)) >= 0:
             if data[start] != 123 or data[end - 1] != 125: raise ValueError("no object in braces on this line")
-            at, before = start, (len(left), len(dicts))
+            at, before = start, len(left)
             for key, stretch in cuts:
                 begin = find(key, at, end)
                 if stretch:
                     if begin < 0 or not fits(stretch, begin):
-                        del left[before[0]:], dicts[before[1]:]
+                        del left[before:]
                         return start
                     left.append(data[at:begin])
                     at = begin + len(stretch)
@@ -156,7 +156,6 @@ def quick_table(
         ends.append([-1, *cutter.cut(data)])
     if not sound(cutter.dicts): raise ValueError("a dict of something else than numbers and lists of them")
     parsed = _parse(b"".join(cutter.left), len(cutter.codes))
-    if sum(pc.sum(parsed[name], min_count=0).as_py() for name in IN_LINES) != len(cutter.dicts): raise ValueError("a dict within something else")
     shared = _shared(parsed, cutter.layouts, pa.array(cutter.codes, pa.int32()))
     columns = {name: pc.is_valid(parsed[name]) if name in IN_LINES else shared[name] if name in SHARED else parsed[name] for name in FIELDS}
     return _table(columns | _metrics(parsed), [(file, start, e) for (file, start, _), e in zip(pieces, ends, strict=True)])
@@ -168,7 +167,10 @@ def _parse(text, count):
     parsed = pa.json.read_json(pa.BufferReader(text), pa.json.ReadOptions(use_threads=False, block_size=len(text) + 1),
                                pa.json.ParseOptions(explicit_schema=_OWN, unexpected_field_behavior="infer"))
     if len(parsed) != count or parsed["run_id"].null_count: raise ValueError("not a record on each line")
+    if any(_has_keys(field.type) for field in parsed.schema if field.name != "metrics"): raise ValueError("what was cut may have been inside of an unknown field")
     return parsed
+
+def _has_keys(kind): return pa.types.is_struct(kind) or pa.types.is_list(kind) and _has_keys(kind.value_type)
 
 def _shared(parsed, layouts, codes):
     "Shared fields: by the layout of each line, or as they stand in lines that have them outside of stretches."
@@ -176,8 +178,7 @@ def _shared(parsed, layouts, codes):
     for name in SHARED:
         values = [layout.values.get(name) for layout in layouts]
         values = pa.array(values, pa.binary()) if name in JSON else to_column(name, values)
-        if name not in JSON and values.type != TYPES[name]: raise ValueError(f"{name} of another type")
-        columns[name] = (values.dictionary_encode() if name in LABELS else values).take(codes)
+        columns[name] = (values.dictionary_encode() if values.type in (pa.string(), pa.binary()) else values).take(codes)
         if name in parsed.column_names: columns[name] = _both(name, decoded(columns[name]), parsed[name])
     return columns
 

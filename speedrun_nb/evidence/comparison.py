@@ -70,12 +70,12 @@ def raw_answer(
 
 def _values(group, metric)->int: return int(group.values(metric.name).notna().sum())
 
-_STATISTICS = {"welch": "Welch's", "paired": "paired"}
+_STATISTICS = {"welch": "Welch's t", "paired": "paired t", "stratified": "t"}
 
 def _statistic(e)->str:
-    "The test statistic in words."
+    "The test statistic in words; with hundreds of degrees of freedom a stratified t is a z."
     t = f"{round(e.absolute / e.se, 2) + 0.0:.2f}"
-    return f"z = {t}" if e.method == "stratified" else f"{_STATISTICS[e.method]} t = {t}, df = {e.df:.1f}"
+    return f"z = {t}" if e.method == "stratified" and e.df > 200 else f"{_STATISTICS[e.method]} = {t}, df = {e.df:.1f}"
 
 def _within(e, baseline, variant, metric)->str:
     "Which runs were compared with which, in words; empty where all are compared with all."

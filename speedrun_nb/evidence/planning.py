@@ -164,7 +164,7 @@ def pilot(
     n, df = sum(map(len, parts)), sum(len(part) - 1 for part in parts)
     if df < 1:
         raise SpeedrunError(f"{metric.label}: how much runs spread is seen from at least two runs of one machine, and {name} has {n}{f' on {len(parts)} machines' if len(parts) > 1 else ''}; "
-                            "make some first (five or more serve best), for example with --seeds 0:5")
+                            "make some first (five or more serve best), for example `speedrun run STUDY -p seeds 0:5`")
     sd = math.sqrt(sum((len(part) - 1) * (spread(part) or 0) ** 2 for part in parts) / df)
     if sd == 0:
         raise SpeedrunError(f"{metric.label}: all {n} runs of {name} gave the same value, so there is no spread to plan with; "

@@ -7,13 +7,12 @@ __all__ = ['side_rows', 'test_rows', 'effect_rows', 'design_rows', 'frontier_row
            'tests_table', 'effects_table', 'target_table', 'threats']
 
 # %% ../../nbs/report/12_evidence.ipynb #cell-03
-from dataclasses import replace
-
 from ..core.config import Metric
 from ..evidence.target import target_rows
 from ..evidence.verdict import amount, count, finer, half, p_value, percent, size, span
 from .batch import markdown
 from .study import StudyReport
+from .tables import signed, signed_interval
 
 # %% ../../nbs/report/12_evidence.ipynb #cell-05
 def _p(p:float|None)->str|None: return None if p is None else p_value(p).removeprefix("p ").removeprefix("= ")
@@ -69,24 +68,27 @@ def effect_rows(c)->list[dict]:
     return rows
 
 # %% ../../nbs/report/12_evidence.ipynb #cell-07
-def design_rows(c)->list[dict]:
-    "The difference of a `Comparison` by every way of looking at it; the one that the verdict judges is marked."
-    def row(how, absolute, relative, x, runs=None, p=None, judged=False):
-        return {"difference of means": how, "runs": runs, **_both(absolute, x.ci95, c.metric), "relative": _relative(relative, x.ci95_relative), "p": _p(p), "": "judged" if judged else None}
-    def of(how, x, *more): return row(how, x.absolute, x.relative, x, *more)
-    lead, rows = c.estimate.method, []
-    rows.append(of("all runs pooled (Welch)", c.difference, c.baseline.n + c.variant.n, c.tests.welch and c.tests.welch.p, lead == "welch"))
-    if c.stratified:
-        kind, within = c.strata[0].kind, c.stratified
-        rows += [of(s.name, s.difference, s.n_baseline + s.n_variant) for s in c.strata]
-        rows.append(of(f"within {kind}s", within, sum(s.n_baseline + s.n_variant for s in c.strata) - within.unused, within.p, lead == "stratified"))
-        if within.random: rows.append(of(f"for another {kind} (random effects)", replace(c.difference, absolute=within.random.absolute, relative=within.random.relative, ci95=within.random.ci95, ci95_relative=None), None, within.random.p))
+def _ways(c)->list[tuple]:
+    "Every way of looking at a `Comparison`'s difference: (what, runs, absolute, interval, relative, its interval, p, is it judged?)."
+    def of(what, x, runs=None, p=None, judged=False): return what, runs, x.absolute, x.ci95, x.relative, getattr(x, "ci95_relative", None), p, judged
+    lead, d = c.estimate.method, c.difference
+    ways = [of("all runs pooled (Welch)", d, c.baseline.n + c.variant.n, c.tests.welch and c.tests.welch.p, lead == "welch")]
+    if within := c.stratified:
+        kind = c.strata[0].kind
+        ways += [of(s.name, s.difference, s.n_baseline + s.n_variant) for s in c.strata]
+        ways.append(of(f"within {kind}s", within, sum(s.n_baseline + s.n_variant for s in c.strata) - within.unused, within.p, lead == "stratified"))
+        if within.random: ways.append(of(f"for another {kind} (random effects)", within.random, None, within.random.p))
     if p := c.paired:
         moving = f", correlation {p.correlation:.2f}" if p.correlation is not None else ""
-        rows.append(row(f"in pairs of equal seeds{moving}", p.mean, p.estimate.relative, p, 2 * p.n, p.p, lead == "paired"))
+        ways.append((f"in pairs of equal seeds{moving}", 2 * p.n, p.mean, p.ci95, p.estimate.relative, p.ci95_relative, p.p, lead == "paired"))
     if c.frontier and c.frontier.time and c.metric.name == "time_seconds":
-        rows.append(of(f"at equal {c.frontier_metrics[1].label} (frontier)", c.frontier.time, None, c.frontier.time.p, lead == "frontier"))
-    return rows
+        ways.append(of(f"at equal {c.frontier_metrics[1].label} (frontier)", c.frontier.time, None, c.frontier.time.p, lead == "frontier"))
+    return ways
+
+def design_rows(c)->list[dict]:
+    "The difference of a `Comparison` by every way of looking at it, in words; the one that the verdict judges is marked."
+    return [{"difference of means": what, "runs": runs, **_both(absolute, interval, c.metric), "relative": _relative(relative, relative_interval), "p": _p(p), "": "judged" if judged else None}
+            for what, runs, absolute, interval, relative, relative_interval, p, judged in _ways(c)]
 
 def frontier_rows(c)->list[dict]:
     "The budgets that make up the baseline's frontier."
@@ -116,8 +118,19 @@ def _headed(report:StudyReport, rows_of)->list[dict]:
     return [{"variant": c.variant.name} | row for c in report.comparisons for row in rows_of(c)]
 
 def design_table(report:StudyReport)->str:
-    "Every comparison's difference by every way of looking at it."
-    return markdown(_headed(report, design_rows), right=3)
+    "Every comparison's difference by every way of looking at it: variant minus baseline, with 95 % intervals."
+    rows = []
+    for c in report.comparisons:
+        for what, runs, absolute, interval, relative, relative_interval, p, judged in _ways(c):
+            rows.append({"variant": c.variant.name, "estimate": what, "runs": runs, f"change of {c.metric.axis}": _change(absolute, interval, c.metric.scale, c.metric.digits),
+                         "change (%)": _change(relative, relative_interval, 100, 1), "p": _p(p), "judged": "yes" if judged else ""})
+    return markdown(rows, right=2)
+
+def _change(value, interval, scale, least)->str|None:
+    "`-0.145 (-0.153 to -0.136)`"
+    if value is None: return None
+    known = interval if interval and None not in interval else None
+    return signed(value, known, scale, least) + (f" ({signed_interval(known, scale, least)})" if known else "")
 
 def tests_table(report:StudyReport)->str:
     "Every test of every comparison."

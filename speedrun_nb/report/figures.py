@@ -55,9 +55,9 @@ def differences(
 def _forest(axis, report):
     "A row a comparison, signed so that to the right is better whatever the metric."
     for row, c in enumerate(report.comparisons):
-        shade, interval, better = colour(report, c.variant.variant), c.difference.ci95_relative, -100 if c.metric.better == "lower" else 100
-        if interval: axis.plot(np.multiply(interval, better), [row, row], color=shade, linewidth=2, solid_capstyle="round")
-        if c.difference.relative is not None: axis.plot(better * c.difference.relative, row, "D", color=shade, markersize=5)
+        shade, interval, better = colour(report, c.variant.variant), c.estimate.ci95_relative, -100 if c.metric.better == "lower" else 100
+        if interval and None not in interval: axis.plot(np.multiply(interval, better), [row, row], color=shade, linewidth=2, solid_capstyle="round")
+        if c.estimate.relative is not None: axis.plot(better * c.estimate.relative, row, "D", color=shade, markersize=5)
         if c.claim: axis.plot([100 * c.claim.at_least] * 2, [row - 0.35, row + 0.35], color="black", linewidth=1)
         axis.text(1.01, row, c.verdict.outcome, transform=axis.get_yaxis_transform(), va="center", fontsize=8)
     axis.axvline(0, color="#888888", linewidth=0.8)
@@ -146,8 +146,9 @@ def run_order(
     with styled_figure(report.notice, figsize=(7, 2.6)) as figure:
         for axis, host in zip(figure.subplots(1, len(hosts), squeeze=False)[0] if hosts else (), hosts, strict=True):
             here = runs[runs["host_id"].fillna("") == host].sort_values([c for c in ("started_at", "order") if c in runs], kind="stable").reset_index(drop=True)
-            for name, part in here.groupby("shown", sort=False):
-                axis.plot(part.index + 1, part[time.name] * time.scale, "o", color=colour(report, name), markersize=3 if len(here) < 200 else 1.5, alpha=0.7, markeredgewidth=0, label=name)
+            for name in [group.variant for group in report.groups]:
+                part = here[here["shown"] == name]
+                if len(part): axis.plot(part.index + 1, part[time.name] * time.scale, "o", color=colour(report, name), markersize=3 if len(here) < 200 else 1.5, alpha=0.7, markeredgewidth=0, label=name)
             axis.set(xlabel="order of running", ylabel=axis_label(time), title=f"host {host}" if host and len(hosts) > 1 else None)
         if hosts: axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure

@@ -48,6 +48,20 @@ def _text(value)->str:
 
 def _print_json(data)->None: print(json.dumps(data, indent=1, ensure_ascii=False, default=str))
 
+def _folder(outputs:str)->Path:
+    "The folder of collected runs. Raises `SpeedrunError` where there is none."
+    from speedrun_nb.core.project import from_root
+    if (folder := from_root(outputs)).is_dir() or outputs == "outputs": return folder
+    raise SpeedrunError(f"there is no folder {folder}: nothing was run or imported there; see `speedrun run --help` and `speedrun import --help`, or name another by --outputs")
+
+def _read(outputs:str, study:str|None=None):
+    "All runs and where they come from; problems go to standard error."
+    from speedrun_nb.core.records import read_runs
+    from speedrun_nb.report.study import read_provenances
+    frame, problems = read_runs(_folder(outputs), study)
+    _warn(problems)
+    return frame, read_provenances(_folder(outputs), study)
+
 def _warn(problems)->None:
     for problem in problems: print(f"note: {problem}", file=sys.stderr)
 
@@ -109,10 +123,10 @@ def variants(study:Annotated[str | None, typer.Argument(help="Name of a study; a
 def runs(study:Annotated[str | None, typer.Argument(help="Name of a study; all by default.", show_default=False)]=None, outputs:Outputs="outputs", profile:Profile=None, as_json:JSON=False):
     "List the runs that were recorded."
     from speedrun_nb.core.config import one_of
-    from speedrun_nb.core.project import from_root, load_study, profile_names, study_names
+    from speedrun_nb.core.project import load_study, profile_names, study_names
     from speedrun_nb.core.records import read_runs
     from speedrun_nb.report.batch import cells, main_metrics
-    frame, problems = read_runs(from_root(outputs), load_study(study).name if study else None)
+    frame, problems = read_runs(_folder(outputs), load_study(study).name if study else None)
     if profile is not None:
         known = {name for each in ([study] if study else study_names()) for name in profile_names(load_study(each))}
         frame = frame[frame["profile"] == one_of(profile, sorted(known | set(frame["profile"].dropna())), "profile")]
@@ -187,17 +201,6 @@ def _conditions(pairs:list[str]|None)->dict[str, str]:
     "`--where key=value` options as a mapping."
     if wrong := [pair for pair in pairs or () if "=" not in pair]: raise SpeedrunError(f"--where {wrong[0]}: expected KEY=VALUE, for example --where host_id=a1b2")
     return dict(pair.split("=", 1) for pair in pairs or ())
-
-def _read(outputs:str, study:str|None=None):
-    "All runs and where they come from; problems go to standard error."
-    from speedrun_nb.core.project import from_root
-    from speedrun_nb.core.records import read_runs
-    from speedrun_nb.report.study import read_provenances
-    folder = from_root(outputs)
-    if not folder.is_dir(): raise SpeedrunError(f"there is no folder {folder}: nothing was run or imported there yet; see `speedrun run --help` and `speedrun import --help`, or name another by --outputs")
-    frame, problems = read_runs(folder, study)
-    _warn(problems)
-    return frame, read_provenances(folder, study)
 
 @app.command()
 def audit(study:Annotated[str | None, typer.Argument(help="Name of a study; all that have runs by default.", show_default=False)]=None,

@@ -115,7 +115,7 @@ def test_misuse_has_exit_code_2(speedrun, arguments):
     ("variants --profile dmeo", 'no profile of cifar "dmeo". Did you mean "demo"?'),
     ("runs cifra", 'no study "cifra". Did you mean "cifar"?'),
     ("compare cifra baseline det_crop", 'no study "cifra". Did you mean "cifar"?'),
-    ("sweep nosuch.yaml", "nosuch.yaml cannot be read"),
+    ("sweep nosuch.yaml", "there is no sweep file"),
     ("render cifar11", 'no document "cifar11"'),
     ("data check cifar100", 'no data set "cifar100". Did you mean "cifar10"?'),
     ("data fetch cifr10", 'no data set "cifr10". Did you mean "cifar10"?'),

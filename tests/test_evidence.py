@@ -20,6 +20,7 @@ from speedrun_nb.evidence.effect import cohens_d
 from speedrun_nb.evidence.estimate import MINIMUM_RUNS, difference
 from speedrun_nb.evidence.groups import Group, find_group, make_group, select, split
 from speedrun_nb.evidence.guard import non_inferiority
+from speedrun_nb.evidence.paired import choose
 from speedrun_nb.evidence.tests import relative_interval, welch
 from speedrun_nb.evidence.verdict import effect_outcome, paragraph
 
@@ -234,6 +235,33 @@ def test_no_effect_and_a_ruined_metric_are_rarely_supported():
         b = group("b", rng.normal(4.4, 0.05, 10), rng.normal(0.940, 0.001, 10))
         outcomes.append(compare(b, group("v", rng.normal(4.4, 0.05, 10), rng.normal(0.938, 0.001, 10)), CLAIM, METRICS).verdict.outcome)
     assert "supported" not in outcomes and outcomes.count("refuted") > 50
+
+
+DESIGNS = {  # hosts, blocks, correlation of runs that share a seed; None: no seeds are shared
+    "plain": (1, 1, None), "hosts": (2, 1, None), "blocks": (1, 3, None), "hosts and blocks": (2, 2, 0.0), "pairs": (1, 1, 0.7), "seeds that do not matter": (1, 1, 0.0)}
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+def test_the_estimate_that_the_design_asks_for_keeps_its_error_rate(design):
+    "Without any effect, 5 % of the answers are significant, whichever rule chooses the estimate; 12 runs a side, the variant with twice the spread."
+    hosts, blocks, correlation = DESIGNS[design]
+    rng, n, found = np.random.default_rng(8), 12, []
+    place = np.arange(n)
+    for _ in range(600):
+        shared = rng.normal(size=n) * np.sqrt(correlation or 0)
+        own = np.sqrt(1 - (correlation or 0))
+        slow = 1.2 * (place % hosts) + 0.05 * (place // hosts % blocks)
+        sides = []
+        for name, spread in (("b", 0.03), ("v", 0.06)):
+            columns = dict(seed=place + (1000 if correlation is None and name == "v" else 0), repeat=0, host_id=[f"h{h}" for h in place % hosts], block=place // hosts % blocks,
+                           time_seconds=4.4 + slow + spread * (shared + own * rng.normal(size=n)))
+            runs = pd.DataFrame(columns)
+            sides.append(Group("cifar", "full", name, name, {}, runs, 0, 0, runs.iloc[:0], name))
+        found.append(choose(*sides, TIME))
+    methods = {e.method for e in found}
+    assert methods <= ({"stratified"} if hosts * blocks > 1 else {"paired", "welch"}) and (design != "pairs" or "paired" in methods)
+    assert np.mean([e.p() < 0.05 for e in found]) < 0.05 + 3 * np.sqrt(0.05 * 0.95 / 600)
+    assert np.mean([e.interval()[0] <= 0 <= e.interval()[1] for e in found]) > 0.95 - 3 * np.sqrt(0.05 * 0.95 / 600)
 
 
 # ---------------------------------------------------------------- verdicts

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['project_root', 'from_root', 'Study', 'study_names', 'load_study', 'load_dataset', 'variant_names', 'profile_names',
-           'cuda_is_available', 'choose_profile', 'Variant', 'resolve', 'resolve_all', 'claim_of', 'read_overrides']
+           'cuda_is_available', 'choose_profile', 'Variant', 'resolve', 'resolve_all', 'plain_hashes', 'claim_of',
+           'read_overrides']
 
 # %% ../../nbs/core/01_project.ipynb #cell-03
 import configparser
 import importlib.util
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -84,7 +85,8 @@ def load_dataset(name:str):
     return known[one_of(name, known, "data set")]
 
 def variant_names(study:Study)->list[str]:
-    "The variants of a study, the baseline first."
+    "The variants of a study, the baseline first. Raises `SpeedrunError` for a file that would be overlooked."
+    if odd := sorted(path.name for path in study.params.glob("*.yml")): raise SpeedrunError(f"{study.params / odd[0]}: a variant is a .yaml file; rename it to {odd[0][:-4]}.yaml")
     return sorted((path.stem for path in study.params.glob("*.yaml")), key=lambda name: (name != "baseline", name))
 
 def profile_names(study:Study)->list[str]:
@@ -193,6 +195,15 @@ def resolve_all(
 )->dict[str, Variant]:   # by name, the baseline first; empty for a study without variants
     "Every variant of a study at one size."
     return {name: resolve(study, name, profile) for name in variant_names(study)}
+
+def plain_hashes(
+    study:Study,
+    profile:str,          # also one that is not defined here
+    names:Iterable[str],  # of variants, also such as have no file
+)->dict[str, str]:        # config_hash by name, of those that are defined at this size
+    "What settings a variant has as it is defined now."
+    known = set(variant_names(study)) if profile in profile_names(study) else set()
+    return {name: resolve(study, name, profile).config_hash for name in names if name in known}
 
 def claim_of(
     study:Study,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 import pandas as pd
 
 from ..core.config import Claim, Metric, SpeedrunError, Target, nearest
-from ..core.project import Study, claim_of, load_study, profile_names, resolve_all
+from ..core.project import Study, claim_of, load_study, plain_hashes
 from .audit_design import audit_design
 from .audit_runs import audit_runs
 from .describe import Description, describe, plain
@@ -280,7 +280,6 @@ def compare(
     "Compare two variants by name. Raises `SpeedrunError` naming what is there."
     study = load_study(study) if isinstance(study, str) else study
     case = make_case(where(frame, conditions or {}), study, profile, provenances)
-    variants = resolve_all(study, case.profile) if case.profile in profile_names(study) else {}
-    hashes = {name: resolved.config_hash for name, resolved in variants.items()}
+    hashes = plain_hashes(study, case.profile, [name.partition("@")[0] for name in (baseline, variant)])
     groups = [find_group(case.rows, name, hashes) for name in (baseline, variant)]
     return compare_in(case, *groups, claim_of(study, groups[1].variant), metric)

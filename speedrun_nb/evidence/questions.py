@@ -9,7 +9,7 @@ __all__ = ['read_margin', 'overhead_seconds', 'known_correlation', 'plan_case']
 import pandas as pd
 
 from ..core.config import Metric, SpeedrunError, nearest
-from ..core.project import Study, claim_of, profile_names, resolve_all, variant_names
+from ..core.project import Study, claim_of, plain_hashes, variant_names
 from .findings import Case, rivals
 from .groups import Group, find_group
 from .paired import paired
@@ -66,7 +66,7 @@ def plan_case(
     "Plan a comparison from the runs that there are. Raises `SpeedrunError` where they do not allow it."
     study = case.study
     if metric not in study.metrics: raise SpeedrunError(f'there is no metric "{metric}".{nearest(metric, study.metrics)} Metrics: {", ".join(study.metrics)}.')
-    hashes = {name: v.config_hash for name, v in resolve_all(study, case.profile).items()} if case.profile in profile_names(study) else {}
+    hashes = plain_hashes(study, case.profile, [baseline.partition("@")[0]])
     group, kept = find_group(case.rows, baseline, hashes), read_margin(margin, study)
     return plan_study(group, study.metrics[metric], effect, power, margin=kept and (*kept, group), price_per_hour=price, overhead_seconds=overhead_seconds(case, group),
                       n=runs, correlation=known_correlation(case, group, study.metrics[metric]))

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core.config import one_of
-from ..core.project import Study, Variant, claim_of, from_root, load_study, profile_names, resolve, resolve_all
+from ..core.config import SpeedrunError, one_of
+from ..core.project import Study, Variant, claim_of, from_root, load_study, profile_names, resolve, variant_names
 from ..core.provenance import batch_state, read_provenance
 from ..core.records import append_record, read_runs, run_id, write_json
 from ..evidence.audit import audit_case
@@ -61,9 +61,15 @@ def _defined(case:Case)->tuple[dict[str, Variant], list[Group]]:
     "The variants of a case with their settings, and the groups that ran them as they are."
     study = case.study
     if case.profile not in profile_names(study): return _published(case)
-    variants = resolve_all(study, case.profile)
+    variants = {name: resolve(study, name, case.profile) for name in variant_names(study) if not _broken(study, name, case.profile)}
     groups = [replace(g, name=g.variant) for g in case.groups if g.variant in variants and g.config_hash == variants[g.variant].config_hash and len(g.runs)]
     return variants, sorted(groups, key=lambda g: list(variants).index(g.variant))
+
+def _broken(study:Study, name:str, profile:str)->str:
+    "What is wrong with a variant's file; empty where nothing is."
+    try: resolve(study, name, profile)
+    except SpeedrunError as error: return str(error)
+    return ""
 
 def _published(case:Case)->tuple[dict[str, Variant], list[Group]]:
     "The same for runs made elsewhere: the baseline and what is compared with it, by what the logs show."
@@ -98,6 +104,7 @@ def load_report(
     findings = audit_case(case)
     comparisons = [compare_in(case, baseline, g, variants[g.variant].claim, findings=findings) for g in groups[1:]] if baseline else []
     if not own: findings = [f for f in findings if not f.groups or set(f.groups) & {g.variant for g in groups}]  # studies published by others have papers of their own
+    if own: problems += [broken for name in variant_names(study) if (broken := _broken(study, name, case.profile))]
     here = {folder: p for folder, p in case.provenances.items() if folder.split("/")[1] == case.profile}
     return StudyReport(study, case.profile, case.rows, variants, groups, budgets, others, comparisons, findings, here, problems + _interrupted(outputs, here))
 

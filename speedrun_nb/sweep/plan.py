@@ -47,6 +47,8 @@ def read_sweep(
 )->Sweep:
     "Read and validate a sweep file. Raises `SpeedrunError` naming the file and the key."
     path = Path(path) if Path(path).exists() else from_root(path)
+    there = ", ".join(str(p.relative_to(from_root("."))) for p in sorted(from_root("params/sweeps").glob("*.yaml")))
+    if not path.is_file(): raise SpeedrunError(f"there is no sweep file {path}; there are: {there}")
     data = read_yaml(path)
     for key in data: one_of(key, _KEYS, f"key of a sweep ({path})")
     if missing := [key for key in _KEYS if key not in data]: raise SpeedrunError(f"{path}: {', '.join(missing)} missing")

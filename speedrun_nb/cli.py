@@ -51,8 +51,8 @@ def _print_json(data)->None: print(json.dumps(data, indent=1, ensure_ascii=False
 def _folder(outputs:str)->Path:
     "The folder of collected runs. Raises `SpeedrunError` where there is none."
     from speedrun_nb.core.project import from_root
-    if (folder := from_root(outputs)).is_dir() or outputs == "outputs": return folder
-    raise SpeedrunError(f"there is no folder {folder}: nothing was run or imported there; see `speedrun run --help` and `speedrun import --help`, or name another by --outputs")
+    if outputs.strip() and ((folder := from_root(outputs)).is_dir() or outputs == "outputs"): return folder
+    raise SpeedrunError(f"there is no folder {outputs!r}: nothing was run or imported there; see `speedrun run --help` and `speedrun import --help`, or name another by --outputs")
 
 def _read(outputs:str, study:str|None=None):
     "All runs and where they come from; problems go to standard error."
@@ -182,7 +182,7 @@ def compare(study:StudyName, baseline:Annotated[str, typer.Argument(help="A vari
     """
     from speedrun_nb.core.project import load_study
     from speedrun_nb.evidence.comparison import compare as compare_by_name
-    from speedrun_nb.evidence.verdict import paragraph
+    from speedrun_nb.evidence.verdict import paragraph, serious
     from speedrun_nb.report.evidence import evidence_rows, side_rows
     chosen = load_study(study)
     frame, provenances = _read(outputs, chosen.name)
@@ -193,8 +193,9 @@ def compare(study:StudyName, baseline:Annotated[str, typer.Argument(help="A vari
     _print(side_rows(result), f"{chosen.title}, profile {result.profile}: {result.metric.label} ({result.metric.better} is better)")
     for title, rows in evidence_rows(result, chosen.metrics).items(): _print(rows, title)
     print(f"\n{result.verdict.outcome}\n\n{paragraph(result)}")
+    told = serious(result)
     for finding in result.findings:
-        if finding.severity != "serious": print(f"\n{finding.severity}: {finding.message} {finding.remedy} [{finding.id}]")
+        if finding not in told: print(f"\n{finding.severity}: {finding.message} {finding.remedy} [{finding.id}]")
     if note := chosen.notice(frame[frame["profile"] == result.profile].iloc[0]["config"] or {}): print(f"\n{note}")
 
 def _conditions(pairs:list[str]|None)->dict[str, str]:
@@ -245,13 +246,15 @@ def import_(path:Annotated[Path, typer.Argument(help="A log, the folder of an ex
     from speedrun_nb.core.project import from_root
     from speedrun_nb.evidence.describe import plain
     from speedrun_nb.evidence.imports import import_runs
+    if not outputs.strip(): raise SpeedrunError("--outputs is empty; name a folder, or leave it out")
     report = import_runs(path, from_root(outputs), study, variant, host, map_file)
     if as_json: _print_json(plain(report))
-    else:
+    elif report.imported:
         _print([{"study": b["study"], "variant": b["variant"], "host": b["host"], "runs": b["runs"], "format": b["format"], "from": b["source"]} for b in report.imported])
-        if report.already: print(f"{len(report.already)} imported before, so not again")
-    _warn(report.contradictions)
-    if report.refused: raise SpeedrunError(f"{len(report.refused)} refused, the others are imported:\n" + "\n".join(report.refused))
+    if report.already:
+        print(f"{len(report.already)} imported before, so not again. To import them under other names or hosts, remove their folders first, such as {outputs}/{report.already[0]['batch']}", file=sys.stderr if as_json else sys.stdout)
+    _warn([*report.contradictions, *report.notes])
+    if report.refused: raise SpeedrunError(f"{len(report.refused)} refused{', the others are imported' if report.imported else ''}:\n" + "\n".join(report.refused))
 
 @app.command()
 def plan(study:StudyName, effect:Annotated[str, typer.Option(help="Relative change to detect, such as 1%.")]="1%",
@@ -268,16 +271,20 @@ def plan(study:StudyName, effect:Annotated[str, typer.Option(help="Relative chan
     Example: `speedrun plan cifar --effect 1% --margin accuracy=0.0005 --price 2.5`
     """
     from speedrun_nb.core.project import load_study
+    from speedrun_nb.evidence.audit_conditions import check_mixed_hosts
     from speedrun_nb.evidence.findings import make_case
     from speedrun_nb.evidence.questions import plan_case
     from speedrun_nb.report.figures import power_curves
     chosen = load_study(study)
     frame, provenances = _read(outputs, chosen.name)
-    planned = plan_case(make_case(frame, chosen, profile, provenances), effect, power, margin, metric, runs, price, baseline)
+    case = make_case(frame, chosen, profile, provenances)
+    planned = plan_case(case, effect, power, margin, metric, runs, price, baseline)
+    _warn(f"{f.message} This plan counts the spread between machines as well. {f.remedy}" for f in check_mixed_hosts(case) if f.severity == "serious" and f.groups == (planned.baseline,))
     if as_json: _print_json(planned.as_dict())
     else: _print(planned.rows(), f"{chosen.title}, profile {planned.profile}: runs on each side, from the spread of {planned.baseline}")
     if figure:
-        power_curves(planned).savefig(figure, bbox_inches="tight")
+        try: power_curves(planned).savefig(figure, bbox_inches="tight")
+        except (OSError, ValueError) as error: raise SpeedrunError(f"--figure {figure}: {error}; name a .png, .svg or .pdf file in a folder that exists") from None
         print(f"power curve: {figure}", file=sys.stderr)
 
 @app.command()
@@ -289,6 +296,7 @@ def render(document:Annotated[str | None, typer.Argument(help="A document in pap
     from speedrun_nb.report.render import render as render_papers
     for name, value in (("SPEEDRUN_PROFILE", profile), ("SPEEDRUN_OUTPUTS", outputs)):
         if value: os.environ[name] = value
+    if outputs is not None: _folder(outputs)
     done = render_papers(project_root() / "paper", [document] if document else None, engine=engine, progress=lambda line: print(line, file=sys.stderr, flush=True))
     print(f"rendered with {done.engine}")
     for path in done.outputs: print(path)

@@ -66,7 +66,7 @@ def test_every_planted_mistake_is_found_and_nothing_else():
     assert found(case_of(base, other, unmarked)) == {("same-computation", "serious", ("control", "det_crop"))}
 
     assert found(case_of(base, other.assign(fingerprint="same", accuracy=0.1))) == {("inert-seed", "serious", ("det_crop",))}
-    assert found(case_of(base, other.assign(config_hash="hash-baseline"))) == {("settings-differ", "serious", ("baseline", "det_crop"))}
+    assert found(case_of(base, other.assign(config_hash="hash-baseline"))) == {("same-settings", "serious", ("baseline", "det_crop"))}
 
     cold = other.assign(time_seconds=other["time_seconds"].where(other["order"] > 0, 12.0))
     assert found(case_of(base, cold)) == {("warmup-outlier", "serious", ("det_crop",))}

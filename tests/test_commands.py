@@ -459,6 +459,9 @@ def test_data_check_names_what_is_wrong(speedrun, monkeypatch, tmp_path):
 def test_render_without_runs(tmp_path):
     project = copy_project(tmp_path / "project")
     shutil.copytree(ROOT / "paper", project / "paper", ignore=shutil.ignore_patterns("_output", ".quarto"))
+    missing = call(BIN / "speedrun", "render", "cifar10", "--engine", "built-in", "--outputs", tmp_path / "none", cwd=project)
+    assert missing.code == 1 and "there is no folder" in missing.err and not (project / "paper/_output").exists()
+    (tmp_path / "none").mkdir()
     done = call(BIN / "speedrun", "render", "cifar10", "--engine", "built-in", "--outputs", tmp_path / "none", cwd=project)
     assert done.code == 0, done.err
     assert [line.rpartition("/")[2] for line in done.out.splitlines()[-2:]] == ["cifar10.html", "cifar10.pdf"] and done.out.startswith("rendered with built-in")

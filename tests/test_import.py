@@ -195,7 +195,7 @@ def test_a_control_that_never_ran_is_found(published):
     control, other = group(frame, "cifar", "ablation_random_translate"), group(frame, "cifar", "deterministic_translate")
     assert control.config_hash == other.config_hash and control.runs.accuracy.tolist() == other.runs.accuracy.tolist() and not set(control.runs.run_id) & set(other.runs.run_id)
     provenance = read_provenance(next(outputs.glob("cifar/published/ablation_random_translate/*")))
-    assert provenance["settings_claimed"] == {"augment.crop_order": "random"} and provenance["git"] == dict(commit="564309a811be04ac9dc8aca60edc44fada0c8d27", dirty=True, diff_hash=None)
+    assert provenance["settings_claimed"] == {"augment.crop_order": "random"} and provenance["git"] == dict(commit="564309a811be04ac9dc8aca60edc44fada0c8d27", dirty=True, diff_hash=None, diff="")
     assert provenance["gpus"] == [{"name": "NVIDIA A100 80GB PCIe"}] and provenance["packages"] == {"torch": "2.8.0+cu128"} and provenance["expected_runs"] == 100
 
 

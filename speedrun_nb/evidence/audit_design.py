@@ -169,7 +169,7 @@ def _sizes(case:Case, table:pd.DataFrame)->list[dict]:
 def _drift_words(case:Case, d:dict)->str:
     metric = case.study.metrics[d["metric"]]
     share = f"{percent(d['share'])} of" if d["share"] < 10 else "many times"
-    return (f"{metric.label} of {d['group']} drifts by {amount(metric, d['drift'])} over its {d['n']} runs{where(d['place'])}, "
+    return (f"{metric.label} of {d['group']} drifts over a range of {amount(metric, d['drift'])} in the course of its {d['n']} runs{where(d['place'])}, "
             f"{share} its difference from {d['base']['group'].iloc[0] if d['group'] == d['variant'] else d['variant']} ({amount(metric, d['difference'])})")
 
 # %% ../../nbs/evidence/16_audit_design.ipynb #cell-19

@@ -76,12 +76,12 @@ def _same_settings(case:Case, groups:list[Group], found:list[dict])->Finding:
     other_code = all(commits) and not set.intersection(*commits)
     severity = "serious" if not imported else "note" if not code or len({_NUMBERING.sub("", g.variant) for g in groups}) == 1 else "warning" if other_code else "serious"
     about = f", and the same code ({code}{', at different commits' if other_code else ''})" if code else ", as far as their logs show" if imported else ""
-    return Finding("settings-differ", severity, f"{some(names)} have the same settings{about}: nothing shows what should tell them apart.",
+    return Finding("same-settings", severity, f"{some(names)} have the same settings{about}: nothing shows what should tell them apart.",
                    "Check which code and settings each of them ran with; runs of one thing belong under one name.",
                    tuple(run for g in groups for run in g.runs["run_id"].astype(str)), tuple(names), dict(config_hash=str(groups[0].config_hash), code=code))
 
 def check_settings_differ(case:Case)->list[Finding]:
-    "`settings-differ`: logs that contradict configurations, records that contradict their batch, variants with the same settings."
+    "`settings-differ` and `same-settings`: logs that contradict configurations, records that contradict their batch, variants with the same settings."
     found = [origins(case, g, rows) for g, rows in zip(case.groups, rows_of(case), strict=True)]
     findings = [f for g, origin in zip(case.groups, found, strict=True) for f in (_contradicted(case, g, origin), _inconsistent(g, origin)) if f]
     by_hash = {}
@@ -186,7 +186,7 @@ def _jump(case:Case, number:int, jumped:pd.DataFrame, of:int, share:float, faste
     notes = list(dict.fromkeys(str(note) for p in origins(case, group, runs).values() for note in p.get("notes") or [] if _CAUSES.search(str(note))))
     scheduled = _scheduled(group.config, worst["early" if place == "step" else "before"], at, worst["end"])
     severity = "note" if faster else "warning" if share <= _COSTLY or (scheduled and not notes) else "serious"
-    why = f" The log notes: {notes[0][:200]}." if notes else f" The setting {scheduled} may explain it." if scheduled else ""
+    why = f" The log notes: {notes[0] if len(notes[0]) <= 300 else notes[0][:300] + chr(8230)}." if notes else f" The setting {scheduled} may explain it." if scheduled else ""
     cost = "" if faster else f", which makes {100 * share:.3g} % of the time of all {'these' if len(jumped) == of else 'its'} runs"
     return Finding("step-time-jump", severity, f"In {len(jumped)} of {count(of)} of {group.name} the time of {'an epoch' if place == 'epoch' else 'a step'} {'drops' if faster else 'jumps'} "
                    f"from {low:.4g} to {high:.4g} {unit} {where}{cost}.{why}", "Find the cause (a recompilation, a fallback, heat), remove it and run again; do not compare mean times across it.",
@@ -298,15 +298,16 @@ def check_outliers(case:Case)->list[Finding]:
 
 def _outlying(case:Case, number:int, runs:pd.DataFrame, odd:np.ndarray, name:str)->Finding:
     values, group, metric = runs[name].to_numpy(float), case.groups[number], case.study.metrics.get(name)
-    every, kept = finite(values), finite(values[~odd])
-    shift = every.mean() / kept.mean() - 1 if len(kept) and kept.mean() else 0.0
-    show, n = metric.show if metric else "{:.4g}".format, int(odd.sum())
-    around = np.median(runs.loc[runs["unit"].isin(runs["unit"][odd]), name].dropna())
+    every, show, n = finite(values), metric.show if metric else "{:.4g}".format, int(odd.sum())
+    units = [(values[here], odd[here]) for here in ((runs["unit"] == u).to_numpy() for u in runs["unit"][odd].unique())]
+    shift = max((finite(x).mean() / finite(x[~out]).mean() - 1 for x, out in units if len(finite(x[~out])) and finite(x[~out]).mean()), key=abs, default=0.0)
+    around = [float(np.median(finite(x))) for x, _ in units]
+    beside = f"a median of {show(around[0])}" if len(around) == 1 else f"medians from {show(min(around))} to {show(max(around))} in their batches"
     return Finding("outliers", "warning" if odd.sum() > 0.05 * len(every) or abs(shift) > 0.01 else "note",
                    f"{count(n)} of the {len(every)} of {group.name} {'lies' if n == 1 else 'lie'} far outside the spread of the batch in {labels(case, name)}: {some(map(show, values[odd]))}, "
-                   f"beside a median of {show(float(around))}. With {'it' if n == 1 else 'them'} the mean is {100 * abs(shift):.2g} % {'higher' if shift >= 0 else 'lower'}.",
+                   f"beside {beside}. With {'it' if n == 1 else 'them'} the mean of {'the' if len(around) == 1 else 'a'} batch is {100 * abs(shift):.2g} % {'higher' if shift >= 0 else 'lower'}.",
                    "Look for a cause; report results with and without these runs, or medians.", tuple(runs["run_id"][odd].astype(str)), (group.name,),
-                   dict(runs=n, of=len(every), values=[float(v) for v in values[odd][:20]], median=float(around), shift=round(float(shift), 5)), name)
+                   dict(runs=n, of=len(every), values=[float(v) for v in values[odd][:20]], median=around, shift=round(float(shift), 5)), name)
 
 # %% ../../nbs/evidence/14_audit_runs.ipynb #cell-34
 def check_repeated_data(case:Case)->list[Finding]:

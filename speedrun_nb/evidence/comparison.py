@@ -279,6 +279,7 @@ def compare(
 )->Comparison:
     "Compare two variants by name. Raises `SpeedrunError` naming what is there."
     study = load_study(study) if isinstance(study, str) else study
+    if conditions: provenances = {batch: {**p, "expected_runs": None} for batch, p in (provenances or {}).items()}  # what was filtered out is not missing
     case = make_case(where(frame, conditions or {}), study, profile, provenances)
     hashes = plain_hashes(study, case.profile, [name.partition("@")[0] for name in (baseline, variant)])
     groups = [find_group(case.rows, name, hashes) for name in (baseline, variant)]

@@ -24,6 +24,7 @@ CHECKS = {  # id -> what it means
     "copied-runs": "runs that claim to be replications of each other hold the same results",
     "same-computation": "a variant computes what another does",
     "settings-differ": "the settings in effect are not those claimed",
+    "same-settings": "variants of different names have the same settings, as far as is recorded",
     "mixed-hosts": "runs of different machines are in one sample",
     "mixed-clocks": "times were measured by different clocks",
     "mixed-software": "runs of different software, code or data are compared",

@@ -131,7 +131,7 @@ def machine_facts(experiment:Experiment)->dict:
     expected = asked[0] if asked else section(summary, "additional_info").get("n_runs")
     started, ended = timestamp(head.get("Start Time"), experiment.shown), timestamp(summary.get("end_time"), experiment.shown)
     return dict(
-        git=dict(commit=git.get("commit") or head.get("Commit"), dirty=dirty, diff_hash=None), gpus=[dict(name=name) for name in named], packages=dict(torch=torch) if torch else {},
+        git=dict(commit=git.get("commit") or head.get("Commit"), dirty=dirty, diff_hash=None, diff=git.get("diff")), gpus=[dict(name=name) for name in named], packages=dict(torch=torch) if torch else {},
         cuda=gpu.get("cuda_version") or head.get("CUDA Version"), python=str(system["python_version"]).split()[0] if system.get("python_version") else None, os=system.get("platform"),
         started_at=started, ended_at=None if started and ended and ended < started else ended,  # a summary made later, on another clock
         expected_runs=whole(expected, "number of runs", experiment.source.name, asked[1] if asked else None))

@@ -120,7 +120,7 @@ def span(
 # %% ../../nbs/evidence/18_verdict.ipynb #cell-17
 def p_value(p:float)->str:
     "`p < 0.001`, `p = 0.0496`"
-    return "p < 0.001" if p < 0.001 else f"p = {p:.3g}"
+    return "p < 0.001" if p < 0.001 else "p > 0.999" if 0.999 < p < 1 else f"p = {p:.3g}"
 
 def count(n:int, noun:str="run")->str:
     "`1 run`, `2 runs`"
@@ -168,7 +168,7 @@ def measured(
     a, ci = c.raw, c.raw.ci95
     metric = finer(c.metric, half(ci) if ci else a.absolute)
     means = " and ".join(f"{metric.show(side.mean)} for {side.name} ({count(side.n)})" for side in (c.variant, c.baseline))
-    if not enough(c): return [f"So far mean {label} is {means}; {c.metric.better} is better."]
+    if not enough(c) and (c.claim or a.p is None): return [f"So far mean {label} is {means}; {c.metric.better} is better."]
     towards = "better" if (a.absolute < 0) == (c.metric.better == "lower") else "worse"
     text, seen = f"Mean {label} was {means}{a.within}: {size(a.absolute, amount(metric))}", visible(a.absolute, amount(metric))
     if a.p is None:
@@ -228,7 +228,7 @@ def frontier_reason(
         reasons.append(f"Trained for as long as {name} it would reach {shown.show(q.reaches)}: {name} reaches {size(q.absolute, amount(shown))}{_within(q.ci95, shown)}.")
     else: reasons.append(f"What it would reach in the time of {name} cannot be said: {f.quality_reason}.")
     if f.better is False: reasons.append("Training the baseline for less time does better.")
-    if f.better is None and c.raw.better: reasons.append("Training the baseline for less time may do as well.")
+    if f.time and f.better is None and c.raw.better: reasons.append("Training the baseline for less time may do as well.")
     if f.left_out: reasons.append(f"{count(f.left_out, 'completed run')} of {name} could not be placed beside it.")
     return reasons
 

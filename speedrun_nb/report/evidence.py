@@ -7,6 +7,8 @@ __all__ = ['side_rows', 'test_rows', 'effect_rows', 'design_rows', 'frontier_row
            'tests_table', 'effects_table', 'target_table', 'threats']
 
 # %% ../../nbs/report/12_evidence.ipynb #cell-03
+import re
+
 from ..core.config import Metric
 from ..evidence.target import target_rows
 from ..evidence.verdict import amount, count, finer, half, p_value, percent, size, span
@@ -44,7 +46,7 @@ def side_rows(c)->list[dict]:
 # %% ../../nbs/report/12_evidence.ipynb #cell-06
 def test_rows(c)->list[dict]:
     "What each test of a `Comparison` gives. All are two-sided."
-    t, rows = c.tests, []
+    t, rows, pooled = c.tests, [], ", all runs pooled" if c.stratified else ""
     if t.welch: rows.append({"test": "Welch's t", "statistic": f"t = {t.welch.t:.2f}, df = {t.welch.df:.1f}", "p": _p(t.welch.p), "asks": "same mean?"})
     if t.student: rows.append({"test": "Student's t", "statistic": f"t = {t.student.t:.2f}", "p": _p(t.student.p), "asks": "same mean, if spread is equal?"})
     if t.mann_whitney: rows.append({"test": "Mann-Whitney", "statistic": f"U = {t.mann_whitney.u:.6g}", "p": _p(t.mann_whitney.p), "asks": "as often better as worse?"})
@@ -55,14 +57,15 @@ def test_rows(c)->list[dict]:
     if t.levene: rows.append({"test": "Levene", "p": _p(t.levene.p), "asks": "same spread?"})
     for side, p in (("baseline", t.shapiro and t.shapiro.baseline), ("variant", t.shapiro and t.shapiro.variant)):
         if p is not None: rows.append({"test": f"Shapiro-Wilk, {side}", "p": _p(p), "asks": "normal?"})
+    for row in rows: row["test"] += pooled if not row["test"].startswith("permutation") else ""
     return rows
 
 def effect_rows(c)->list[dict]:
     "Effect sizes of a `Comparison`; positive means that the variant is better."
-    e, d, rows = c.effect, c.difference, []
-    if e.cohens_d is not None: rows.append({"effect size": "Cohen's d", "value": f"{e.cohens_d:+.2f}"})
-    if e.hedges_g is not None: rows.append({"effect size": "Hedges' g", "value": f"{e.hedges_g:+.2f}", "95 % interval": " to ".join(f"{x:+.2f}" for x in e.ci95) if e.ci95 else None})
-    if e.probability_better is not None: rows.append({"effect size": f"probability that a run of {c.variant.name} is better", "value": f"{100 * e.probability_better:.1f} %"})
+    e, d, rows, pooled = c.effect, c.difference, [], ", all runs pooled" if c.stratified else ""
+    if e.cohens_d is not None: rows.append({"effect size": f"Cohen's d{pooled}", "value": f"{e.cohens_d:+.2f}"})
+    if e.hedges_g is not None: rows.append({"effect size": f"Hedges' g{pooled}", "value": f"{e.hedges_g:+.2f}", "95 % interval": " to ".join(f"{x:+.2f}" for x in e.ci95) if e.ci95 else None})
+    if e.probability_better is not None: rows.append({"effect size": f"probability that a run of {c.variant.name} is better{pooled}", "value": f"{100 * e.probability_better:.1f} %"})
     if d.bca95: rows.append({"effect size": f"pooled difference, bootstrap (BCa): variant minus baseline, {c.metric.better} is better", "value": _both(d.absolute, d.ci95, c.metric)["difference"],
                              "95 % interval": span(d.bca95, amount(_resolved(c.metric, d.bca95)))})
     return rows
@@ -154,14 +157,19 @@ def threats(report:StudyReport, most:int=3)->str:
     "The audit's findings as a Markdown list, the worst first; of one kind, `most` are told and the rest named."
     if report.empty: return "There are no runs to find fault with."
     if not report.findings: return "The audit found nothing."
-    counts = [count(n, f"{severity} finding") for severity in ("serious", "warning", "note") if (n := sum(f.severity == severity for f in report.findings))]
+    found = {severity: sum(f.severity == severity for f in report.findings) for severity in ("serious", "warning", "note")}
+    counts = [f"{found['serious']} serious {'finding' if found['serious'] == 1 else 'findings'}", count(found["warning"], "warning"), count(found["note"], "note")]
     kinds = {}
     for f in report.findings: kinds.setdefault((f.severity, f.id), []).append(f)
-    return f"The audit reports {', '.join(counts)}.\n\n" + "\n".join(_threat(severity, name, found, most) for (severity, name), found in kinds.items())
+    return f"The audit reports {counts[0]}, {counts[1]} and {counts[2]}.\n\n" + "\n".join(_threat(severity, name, found, most) for (severity, name), found in kinds.items())
 
 def _threat(severity, name, found, most)->str:
     "One kind of finding as an item of a list."
     told = " ".join(dict.fromkeys(f.message for f in found[:most]))
     rest = sorted({g for f in found[most:] for g in f.groups})
     more = f" The same holds for {count(len(found) - most, 'further case')} ({', '.join(f'`{g}`' for g in rest)})." if found[most:] else ""
-    return f"- **{severity}**, `{name}`: {told}{more} *{' '.join(dict.fromkeys(f.remedy for f in found[:most]))}*"
+    return _typed(f"- **{severity}**, `{name}`: {told}{more} *{' '.join(dict.fromkeys(f.remedy for f in found[:most]))}*")
+
+def _typed(text:str)->str:
+    "Options of commands as code, unless they are already, so that no renderer makes dashes of them."
+    return "`".join(part if number % 2 else re.sub(r"(--[a-z]+)", r"`\1`", part) for number, part in enumerate(text.split("`")))

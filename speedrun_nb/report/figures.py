@@ -8,6 +8,7 @@ __all__ = ['COLOURS', 'colour', 'distributions', 'differences', 'quality_against
 
 # %% ../../nbs/report/03_figures.ipynb #cell-03
 import math
+import textwrap
 
 import numpy as np
 import pandas as pd
@@ -55,7 +56,7 @@ def differences(
 def _forest(axis, report):
     "A row a comparison, signed so that to the right is better whatever the metric."
     for row, c in enumerate(report.comparisons):
-        shade, interval, better = colour(report, c.variant.variant), c.estimate.ci95_relative, -100 if c.metric.better == "lower" else 100
+        shade, interval, better = "#bbbbbb" if c.verdict.outcome == "untrustworthy" else colour(report, c.variant.variant), c.estimate.ci95_relative, -100 if c.metric.better == "lower" else 100
         if interval and None not in interval: axis.plot(np.multiply(interval, better), [row, row], color=shade, linewidth=2, solid_capstyle="round")
         if c.estimate.relative is not None: axis.plot(better * c.estimate.relative, row, "D", color=shade, markersize=5)
         if c.claim: axis.plot([100 * c.claim.at_least] * 2, [row - 0.35, row + 0.35], color="black", linewidth=1)
@@ -131,7 +132,7 @@ def power_curves(
             for (spread, part), style in zip(curves[curves["question"] == question].groupby("spread", sort=False), ("-", "--"), strict=True):
                 axis.plot(part["n"], part["power"], style, color=COLOURS[1], label=f"spread {'as ' if spread == 'estimated' else 'at its '}{spread}")
             axis.axhline(plan.wanted, color="#888888", linewidth=0.8)
-            axis.set(title=question, xlabel="runs on each side", ylabel="power", ylim=(0, 1.02))
+            axis.set(title=textwrap.fill(question, 42), xlabel="runs on each side", ylabel="power", ylim=(0, 1.02))
         figure.axes[0].legend(loc="lower right")
     return figure
 
@@ -149,6 +150,7 @@ def run_order(
             for name in [group.variant for group in report.groups]:
                 part = here[here["shown"] == name]
                 if len(part): axis.plot(part.index + 1, part[time.name] * time.scale, "o", color=colour(report, name), markersize=3 if len(here) < 200 else 1.5, alpha=0.7, markeredgewidth=0, label=name)
-            axis.set(xlabel="order of running", ylabel=axis_label(time), title=f"host {host}" if host and len(hosts) > 1 else None)
-        if hosts: axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
+            axis.set(xlabel="order of running", ylabel=axis_label(time), title=(f"host {host}" if host else "unknown host") if len(hosts) > 1 else None)
+        handles = {label: handle for axis in figure.axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+        if hosts: axis.legend(handles.values(), handles, loc="upper left", bbox_to_anchor=(1, 1))
     return figure

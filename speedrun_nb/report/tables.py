@@ -82,7 +82,7 @@ def comparison_table(report:StudyReport)->str:
                "change": signed(e.absolute, e.ci95, c.metric.scale, c.metric.digits), "change (%)": signed(e.relative, e.ci95_relative, 100, 1), "95 % interval (%)": signed_interval(e.ci95_relative, 100, 1),
                "p": _plain_p(e.p)}
         if any(other.family for other in report.comparisons): row["p (Holm)"] = _plain_p(c.family and c.family.p_adjusted)
-        rows.append(row | {"Hedges' g": f"{c.effect.hedges_g:+.2f}" if c.effect.hedges_g is not None else None, "guard": c.guard.outcome if c.guard else None})
+        rows.append(row | {"Hedges' g": f"{c.effect.hedges_g:+.2f}" if c.effect.hedges_g is not None and not c.stratified else None, "guard": c.guard.outcome if c.guard else None})
     return markdown(rows)
 
 def _plain_p(p)->str|None: return None if p is None else p_value(p).removeprefix("p ").removeprefix("= ")

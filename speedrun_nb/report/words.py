@@ -47,10 +47,9 @@ def protocol(report:StudyReport)->str:
 
 def left_out(report:StudyReport)->str:
     "Runs that are not in the tables, and batches that did not end."
-    def why(group):
-        if report.profile == "published": return "which is not compared with this baseline"
-        return f"under other settings ({group.config_hash[:6]})" if group.variant in report.variants else f"which params/{report.study.name}/ no longer has"
+    def why(group): return f"under other settings ({group.config_hash[:6]})" if group.variant in report.variants else f"which params/{report.study.name}/ no longer has"
     parts = [f"{count(len(g.runs) + g.failed + g.diverged)} of {g.variant} {why(g)}" for g in report.others]
+    if report.profile == "published" and parts: parts = [f"runs of {listed([g.name for g in report.others])}, which are not compared with this baseline"]
     text = f"Not counted: {listed(parts)}. " if parts else ""
     if duplicates := sum(g.duplicates for g in report.groups): text += f"{count(duplicates)} with a seed and repeat already counted {'is' if duplicates == 1 else 'are'} left out. "
     return (text + " ".join(f"Note: {problem}." for problem in report.problems)).strip()
@@ -68,7 +67,7 @@ def abstract(report:StudyReport)->str:
 
 def best(report:StudyReport)->str:
     "The best of several variants, corrected for how many were looked at; empty where none is better."
-    better = [c for c in report.comparisons if c.family and c.estimate.better and c.estimate.relative is not None]
+    better = [c for c in report.comparisons if c.family and c.estimate.better and c.verdict.outcome != "untrustworthy"]
     if not better: return ""
     c = min(better, key=lambda c: c.family.p_adjusted)
     return f"The clearest improvement of {c.family.size} variants is `{c.variant.name}` ({p_value(c.family.p_adjusted)} after Holm's correction for choosing it among them)."

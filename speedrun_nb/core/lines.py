@@ -146,7 +146,7 @@ def quick_table(
     if not data.isascii(): data.decode()
     lines, ends = _lines(data)
     layouts, numbers, left = zip(*cut_stretches(lines), strict=True)
-    parsed = _parse(cut_dicts(_buffer(pa.concat_arrays(left)), {key for layout in layouts for key in layout.dicts}), len(lines))
+    parsed = _parse(cut_dicts(_buffer(pa.concat_arrays(left) if len(left) > 1 else left[0]), {key for layout in layouts for key in layout.dicts}), len(lines))
     shared = _shared(parsed, layouts, pa.array(np.repeat(np.arange(len(layouts)), [len(n) for n in numbers])))
     columns = {name: pc.is_valid(parsed[name]) if name in IN_LINES else shared[name] if name in SHARED else parsed[name] for name in FIELDS}
     return _table(columns | _metrics(parsed), *(places[np.concatenate(numbers)] for places in _places(pieces, ends)))

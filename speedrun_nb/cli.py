@@ -134,9 +134,10 @@ def runs(study:Annotated[str | None, typer.Argument(help="Name of a study; all b
     if as_json:
         print(frame.to_json(orient="records", indent=1))
         return
+    rows = frame.drop(columns=["curve", "regions"]).to_dict("records")
     _print([{"study": row["study"], "profile": row["profile"], "variant": row["variant"], "settings": str(row["config_hash"] or "")[:6], "seed": row["seed"], "status": row["status"]}
-                  | cells(row, main_metrics(load_study(row["study"]))) | {"batch": row["batch"]} for row in frame.to_dict("records")])
-    for note in sorted({load_study(row["study"]).notice(row["config"]) for row in frame.to_dict("records") if row["config"]} - {""}): print(note)
+                  | cells(row, main_metrics(load_study(row["study"]))) | {"batch": row["batch"]} for row in rows])
+    for note in sorted({load_study(row["study"]).notice(row["config"]) for row in rows if row["config"]} - {""}): print(note)
 
 # %% ../nbs/cli.ipynb #cell-09
 _PAIR_EXPECTED = "-p takes a name and a value, for example: -p variant det_crop"

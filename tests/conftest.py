@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -77,6 +78,14 @@ def copy_project(folder):
     for name in ("params", "nbs"): shutil.copytree(ROOT / name, folder / name, ignore=ignored)
     shutil.copy(ROOT / "settings.ini", folder)
     return folder
+
+
+@pytest.fixture
+def no_warnings():
+    "A warning from numpy, scipy or pandas is a case that was not thought of."
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 import json
 import os
 import time
-import warnings
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -23,12 +22,7 @@ published = pytest.mark.skipif(not DATA, reason="SPEEDRUN_DATA names no folder w
 TAILS = {"normal": lambda rng, n: rng.normal(size=n), "skewed": lambda rng, n: rng.exponential(size=n) - 1, "long": lambda rng, n: rng.standard_t(3, n), "very long": lambda rng, n: rng.standard_t(2, n)}
 
 
-@pytest.fixture(autouse=True)
-def no_warnings():
-    "A warning from numpy, scipy or pandas is a case that was not thought of."
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
+pytestmark = pytest.mark.usefixtures("no_warnings")
 
 
 def study(seed=0, variants=("baseline", "crop"), hosts=("a",), blocks=6, size=3, effect=-0.02, noise=0.004, tail="normal", drift=None, seeds=None):

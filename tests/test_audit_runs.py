@@ -1,7 +1,6 @@
 "What the audit finds in single runs and batches: planted mistakes, clean studies, degenerate input, and published runs."
 import json
 import os
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,12 +19,7 @@ DATA = os.environ.get("SPEEDRUN_DATA")
 STUDY = load_study("cifar")
 
 
-@pytest.fixture(autouse=True)
-def no_warnings():
-    "A warning from numpy, scipy or pandas is a case that was not thought of."
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
+pytestmark = pytest.mark.usefixtures("no_warnings")
 
 
 def runs_of(variant, n, rng, batch="b0", time=4.4, cv=0.01, step=1e-4, **columns):

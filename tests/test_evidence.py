@@ -2,7 +2,6 @@
 import json
 import subprocess
 import sys
-import warnings
 from dataclasses import replace
 from itertools import product
 
@@ -30,12 +29,7 @@ METRICS = {m.name: m for m in (TIME, ACCURACY)}
 CLAIM = Claim("time_seconds", "decrease", 0.01, Guard("accuracy", 0.001))
 
 
-@pytest.fixture(autouse=True)
-def no_warnings():
-    "A warning from numpy or scipy is a case that was not thought of."
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
+pytestmark = pytest.mark.usefixtures("no_warnings")
 
 
 def group(name, time, accuracy, failed=0, diverged=0, duplicates=0):

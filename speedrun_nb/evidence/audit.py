@@ -12,8 +12,10 @@ from dataclasses import replace
 import pandas as pd
 
 from ..core.project import Study, claim_of
+from .audit_design import audit_design
 from .audit_results import audit_results
-from .comparison import audit_design_and_runs, goal_of, related_to, results, significance
+from .audit_runs import audit_runs
+from .comparison import goal_of, related_to, results, significance
 from .findings import SEVERITIES, Case, Finding, by_baseline, make_case
 from .frontier import budget_groups
 
@@ -30,9 +32,9 @@ def results_of(part:Case, case:Case)->list[Finding]:
 
 def audit_case(case:Case)->list[Finding]:
     "Everything that is wrong with one study in one profile, the worst first."
-    found = audit_design_and_runs(case)
-    found = [replace(f, study=case.study.name, profile=case.profile) for f in [*found, *(f for part in by_baseline(case) for f in results_of(part, case))]]
-    return sorted(found, key=lambda f: SEVERITIES.index(f.severity))
+    found = audit_runs(case)
+    for part in by_baseline(case): found += [*audit_design(part), *results_of(part, case)]
+    return sorted((replace(f, study=case.study.name, profile=case.profile) for f in found), key=lambda f: SEVERITIES.index(f.severity))
 
 def audit(
     frame:pd.DataFrame,                       # of `read_runs`

@@ -32,6 +32,7 @@ from speedrun_nb.evidence.audit_conditions import (
     table_of,
 )
 from .audit_copies import count, some
+from .family import holm
 from .findings import Case, Finding
 from .frontier import budget_groups
 from .groups import Group
@@ -120,13 +121,6 @@ def drift_tests(
     return [(trend, slow)] + ([(_ranked(parts), slow)] if parts else []) + ([(_ranked(jumps), excess_range(jumps))] if len(jumps) > 1 else [])
 
 # %% ../../nbs/evidence/16_audit_design.ipynb #cell-15
-def _holm(p:np.ndarray)->np.ndarray:
-    "Corrected p-values (Holm 1979), as statsmodels computes them, which collects garbage each time."
-    order = np.argsort(p)
-    corrected = np.empty_like(p)
-    corrected[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
-    return corrected
-
 def drifts(
     case:Case,
     table:pd.DataFrame,
@@ -141,10 +135,10 @@ def drifts(
         for metric in metrics:
             values, batches = rows[metric].to_numpy(), rows["batch"].to_numpy()
             kept = np.isfinite(values)
-            found += [dict(group=group, place=place, metric=metric, n=int(kept.sum()), p=p, drift=size) for p, size in drift_tests(values[kept], batches[kept])]
+            found += [dict(group=group, place=place, metric=metric, n=int(kept.sum()), p=p, drift=size) for p, size in drift_tests(values[kept], batches[kept]) if not math.isnan(p)]
     if not found: return pd.DataFrame(columns=["group", "place", "metric", "n", "p", "drift"])
     found = pd.DataFrame(found)
-    found["p"] = _holm(found["p"].to_numpy())
+    found["p"] = holm(found["p"])
     return found[found["p"] < DRIFTS].sort_values("drift", ascending=False).drop_duplicates(["group", "place", "metric"])
 
 # %% ../../nbs/evidence/16_audit_design.ipynb #cell-18

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'Answer', 'raw_answer', 'judged', 'Side', 'Tests', 'Results', 'Comparison', 'results', 'compare_groups',
-           'audit_design_and_runs', 'significance', 'related_to', 'goal_of', 'compare_in', 'compare']
+           'significance', 'related_to', 'goal_of', 'compare_in', 'compare']
 
 # %% ../../nbs/evidence/19_comparison.ipynb #cell-02
 from collections.abc import Iterable, Mapping
@@ -20,7 +20,7 @@ from .describe import Description, describe, plain
 from .effect import Effect, bca_interval, effect
 from .estimate import Difference, difference
 from .family import Family, family
-from .findings import Case, Finding, by_baseline, focus, make_case, rivals
+from .findings import Case, Finding, focus, make_case, rivals
 from .frontier import Frontier, budget_groups, frontier
 from .groups import Group, find_group, where
 from .guard import GuardResult, guard_groups
@@ -228,10 +228,6 @@ def compare_groups(
     return replace(whole, verdict=decide(whole))
 
 # %% ../../nbs/evidence/19_comparison.ipynb #cell-16
-def audit_design_and_runs(case:Case)->list[Finding]:
-    "What is wrong with the runs of a case, whatever they show."
-    return [*audit_runs(case), *(f for part in by_baseline(case) for f in audit_design(part))]
-
 def _audit_pair(case:Case, baseline:Group, variant:Group)->list[Finding]:
     "What is wrong with the runs of two groups of a case, compared with each other."
     return [*audit_runs(case), *audit_design(focus(case, baseline, (baseline, variant)))]
@@ -256,7 +252,7 @@ def compare_in(
     variant:Group,
     claim:Claim|None,
     metric:str|None=None,                 # the claim's, or time, by default
-    findings:Iterable[Finding]|None=None, # of the audit; None: it is made here
+    findings:Iterable[Finding]|None=None, # of the audit; None: it is made here, for these two
 )->Comparison:
     "Compare two groups of a case."
     named, metrics = {(g.variant, g.config_hash): g for g in case.groups}, case.study.metrics

@@ -89,6 +89,7 @@ class Case:
     groups:tuple[Group,...]        # every (variant, settings), named so that names are unique
     baseline:Group|None            # what the others are compared with
     provenances:Mapping[str,dict]  # provenance.json by "study/profile/variant/batch"
+    own:bool                       # runs of this project, in one of its profiles; otherwise published elsewhere
 
     def provenance(self, variant:str, batch:str)->dict:
         "Where a batch comes from; empty if that was not recorded."
@@ -130,7 +131,7 @@ def make_case(
     groups, profile = name_groups(split(rows)), rows["profile"].iloc[0]
     own = profile in profile_names(study)
     plain = resolve(study, "baseline", profile).config_hash if own else None
-    return Case(study, profile, rows, groups, main_baseline(find_baselines(groups, own), plain), provenances or {})
+    return Case(study, profile, rows, groups, main_baseline(find_baselines(groups, own), plain), provenances or {}, own)
 
 # %% ../../nbs/evidence/12_findings.ipynb #cell-12
 def _format(case:Case, group:Group)->str|None:
@@ -145,7 +146,7 @@ def _likeness(a:Group, b:Group)->tuple:
 
 def nearest_baseline(case:Case, group:Group)->Group|None:
     "What a group is compared with; None for a baseline, and where nothing is alike."
-    candidates = find_baselines(case.groups, case.profile in profile_names(case.study))
+    candidates = find_baselines(case.groups, case.own)
     if not len(group.runs) or any(g is group for g in candidates): return None
     alike = [g for g in candidates if _format(case, g) == _format(case, group)]
     return max(alike, key=lambda g: (_likeness(g, group), g.variant == "baseline", len(g.runs)), default=None)

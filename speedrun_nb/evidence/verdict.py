@@ -189,8 +189,8 @@ def between_strata(
     d = c.difference
     if d.ci95: reasons.append(f"Pooled without regard to {kind}s it would be {size(d.absolute, show)} (95 % interval {span(d.ci95, show)}), which mixes the difference between {kind}s into it.")
     if not c.stratified.heterogeneous: return reasons
-    each = [f"{size(s.difference.absolute, show)} on {s.name}" for s in c.strata if s.difference.absolute is not None]
-    listed = ", ".join(each) if len(each) <= 4 else f"from {min(each, key=len)} on {len(each)} {kind}s"
+    each = [(s.name, s.difference.absolute) for s in c.strata if s.difference.absolute is not None]
+    listed = ", ".join(f"{size(d, show)} on {name}" for name, d in each) if len(each) <= 4 else f"{span((min(d for _, d in each), max(d for _, d in each)), show)} on {len(each)} {kind}s"
     text = f"The effect differs between {kind}s (Cochran's Q = {c.stratified.heterogeneity_q:.3g}, {p_value(c.stratified.heterogeneity_p)}): {listed}"
     random = c.stratified.random
     return [*reasons, f"{text}. For another {kind} a random-effects estimate is {size(random.absolute, show)} (95 % interval {span(random.ci95, show)})." if random else f"{text}."]

@@ -57,19 +57,15 @@ def _interrupted(outputs:Path, folders)->list[str]:
     states = {folder: batch_state(outputs / folder) for folder in folders}
     return [f"batch {folder} {'is still running' if state == 'running' else f'was {state}' if state == 'interrupted' else state}" for folder, state in states.items() if state not in ("completed", "imported")]
 
-def _defined(case:Case)->tuple[dict[str, Variant], list[Group]]:
-    "The variants of a case with their settings, and the groups that ran them as they are."
-    study = case.study
-    if case.profile not in profile_names(study): return _published(case)
-    variants = {name: resolve(study, name, case.profile) for name in variant_names(study) if not _broken(study, name, case.profile)}
+def _defined(case:Case)->tuple[dict[str, Variant], list[Group], list[str]]:
+    "The variants of a case with their settings, the groups that ran them as they are, and what is wrong with the files of others."
+    if not case.own: return *_published(case), []
+    variants, broken = {}, []
+    for name in variant_names(case.study):
+        try: variants[name] = resolve(case.study, name, case.profile)
+        except SpeedrunError as error: broken.append(str(error))
     groups = [replace(g, name=g.variant) for g in case.groups if g.variant in variants and g.config_hash == variants[g.variant].config_hash and len(g.runs)]
-    return variants, sorted(groups, key=lambda g: list(variants).index(g.variant))
-
-def _broken(study:Study, name:str, profile:str)->str:
-    "What is wrong with a variant's file; empty where nothing is."
-    try: resolve(study, name, profile)
-    except SpeedrunError as error: return str(error)
-    return ""
+    return variants, sorted(groups, key=lambda g: list(variants).index(g.variant)), broken
 
 def _published(case:Case)->tuple[dict[str, Variant], list[Group]]:
     "The same for runs made elsewhere: the baseline and what is compared with it, by what the logs show."
@@ -96,17 +92,16 @@ def load_report(
     if profile: one_of(profile, sorted({*profile_names(study), *frame["profile"]}), f"profile of {study.name}")
     if frame.empty: return StudyReport(study, None, frame, {}, [], [], [], [], [], {}, problems)
     case = make_case(frame, study, profile, read_provenances(outputs, study.name))
-    variants, groups = _defined(case)
-    baseline = groups[0] if groups and (groups[0].variant == "baseline" or case.profile not in profile_names(study)) and case.baseline else None
+    variants, groups, broken = _defined(case)
+    baseline = groups[0] if groups and (groups[0].variant == "baseline" or not case.own) and case.baseline else None
     budgets = [g for g in budget_groups(list(case.groups), baseline, study.budget) if g.config_hash != baseline.config_hash] if baseline else []
-    own, shown = case.profile in profile_names(study), {(g.variant, g.config_hash) for g in (*groups, *budgets)}
-    others = [g for g in case.groups if (g.variant if own else g.name, g.config_hash) not in shown]
+    shown = {(g.variant, g.config_hash) for g in (*groups, *budgets)}
+    others = [g for g in case.groups if (g.variant if case.own else g.name, g.config_hash) not in shown]
     findings = audit_case(case)
     comparisons = [compare_in(case, baseline, g, variants[g.variant].claim, findings=findings) for g in groups[1:]] if baseline else []
-    if not own: findings = [f for f in findings if not f.groups or set(f.groups) & {g.variant for g in groups}]  # studies published by others have papers of their own
-    if own: problems += [broken for name in variant_names(study) if (broken := _broken(study, name, case.profile))]
+    if not case.own: findings = [f for f in findings if not f.groups or set(f.groups) & {g.variant for g in groups}]  # studies published by others have papers of their own
     here = {folder: p for folder, p in case.provenances.items() if folder.split("/")[1] == case.profile}
-    return StudyReport(study, case.profile, case.rows, variants, groups, budgets, others, comparisons, findings, here, problems + _interrupted(outputs, here))
+    return StudyReport(study, case.profile, case.rows, variants, groups, budgets, others, comparisons, findings, here, problems + broken + _interrupted(outputs, here))
 
 # %% ../../nbs/report/01_study.ipynb #cell-08
 def made_up_runs(

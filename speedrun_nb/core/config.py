@@ -175,9 +175,10 @@ def setting(
     high=None,       # largest valid value
     above=None,      # valid values are larger than this
     choices=None,    # the valid words
+    implementation:bool=False, # says how something is computed, not what: results with other values may be equal
 ):
     "Declare one field of a settings dataclass."
-    return dataclasses.field(metadata=dict(help=help, low=low, high=high, above=above, choices=choices))
+    return dataclasses.field(metadata=dict(help=help, low=low, high=high, above=above, choices=choices, implementation=implementation))
 
 def schema_fields(
     schema:type,     # a dataclass of dataclasses

@@ -112,7 +112,7 @@ def options(text:str)->dict:
         given |= {"model.key_value_heads": heads, "model.key_value_layers": layers} if used else {"model.key_value_heads": None, "model.key_value_layers": 0}
     if "use_mdha" in given:
         used, kernel = given.pop("use_mdha"), given.pop("mdha_kernel_sz", None)
-        given["model.attention_conv"] = kernel if used else None
+        given |= {"model.attention_conv": "grouped" if used else "none", "model.attention_conv_kernel": kernel if used else None}
     return {name if "." in name else f"code.{name}": value for name, value in given.items()}
 
 def log_facts(text:str, code:str|None)->dict:

@@ -146,7 +146,7 @@ GPT_NAMES = {
     "val_loss_every": "evaluation.every", "val_tokens": "evaluation.tokens", "block_optimizer": "optimizer.block",
     "n_layer": "model.layers", "n_head": "model.heads", "n_embd": "model.width"}
 CIFAR_DATA = {"data.dataset": "cifar10", "data.split": "official"}  # the scripts know no other: they train on all images and evaluate the test set
-GPT_DATA = {"data.dataset": "fineweb10B"}
+GPT_DATA = {"data.dataset": "fineweb"}
 
 def plain_number(value:object):
     "Whole floats as whole numbers, so that 64 and 64.0 are one setting."

@@ -7,6 +7,7 @@ __all__ = ['TITLE', 'CLOCK', 'BUDGET', 'TARGET', 'DATASETS', 'METRICS', 'Data', 
            'Evaluation', 'Settings', 'notice']
 
 # %% ../../nbs/gpt/00_settings.ipynb #cell-03
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ DATASETS = {}
 METRICS = {metric.name: metric for metric in (
     Metric("time_seconds", "training time", "s", "lower", digits=1, quality=False),
     Metric("wall_seconds", "time of the whole process", "s", "lower", digits=1, quality=False),
+    Metric("tokens_per_second", "tokens trained on in a second", "tokens/s", "higher", digits=0, quality=False),
     Metric("val_loss", "validation loss", "nats", "lower", digits=4),
     Metric("train_loss", "training loss of the last batch", "nats", "lower", digits=4),
     Metric("step_ms", "median time of a step", "ms", "lower", digits=1, quality=False),
@@ -31,53 +33,72 @@ METRICS = {metric.name: metric for metric in (
 # %% ../../nbs/gpt/00_settings.ipynb #cell-08
 @dataclass(frozen=True)
 class Data:
-    dataset:str = setting("tokens to train on", choices=("fineweb10B",))
-    train_shards:int|None = setting("train on the first so many shards of 100 million tokens only", low=1)
+    dataset:str = setting("embedded: documentation that comes with Python, a byte a token; else a folder of token shards, where SPEEDRUN_DATA says or in the cache folder")
+    train:str = setting("shards to train on: what their names begin with; shards are NAME_000001.bin and so on")
+    validation:str = setting("shards to validate on, likewise")
+    train_shards:int|None = setting("train on the first so many shards only", low=1)
     sequence_length:int = setting("tokens a sequence", low=2)
 
+# %% ../../nbs/gpt/00_settings.ipynb #cell-10
 @dataclass(frozen=True)
 class Model:
+    vocabulary:int = setting("rows of the embedding: tokens, padded", low=2, high=65536)
     layers:int = setting("blocks", low=1)
     heads:int = setting("query heads", low=1)
     width:int = setting("residual stream, channels", low=1)
     key_value_heads:int|None = setting("key-value heads in the top key_value_layers blocks; none: as many as query heads", low=1)
     key_value_layers:int = setting("number of top blocks with fewer key-value heads", low=0)
-    attention_conv:int|None = setting("kernel of a convolution over time after the query, key and value projections, steps", low=2)
+    attention_conv:str = setting("convolution over time after the query, key and value projections: grouped by head (keys and values share one), depthwise (one for each), none", choices=("none", "grouped", "depthwise"))
+    attention_conv_kernel:int|None = setting("its kernel, steps", low=2)
     block:str = setting("order of attention and feed-forward in a block", choices=("sequential", "parallel"))
-    block_scale:float = setting("factor of what a parallel block adds", above=0)
+    branch_scale:float = setting("factor of what a parallel block adds", above=0)
     rope_base:float = setting("base of the rotary embedding's wavelengths", above=1)
 
-# %% ../../nbs/gpt/00_settings.ipynb #cell-10
+# %% ../../nbs/gpt/00_settings.ipynb #cell-12
 @dataclass(frozen=True)
 class Optimizer:
-    lr:float = setting("learning rate of AdamW, for the embedding", above=0)
+    lr:float = setting("learning rate of AdamW, for the embedding and for what is no matrix", above=0)
     weight_decay:float = setting("weight decay of AdamW", low=0)
-    block:str = setting("optimiser of the blocks", choices=("muon", "adagrad", "adago"))
+    block:str = setting("optimiser of the blocks' matrices", choices=("muon", "adagrad", "adago"))
     block_lr:float = setting("learning rate of the blocks' optimiser", above=0)
     block_momentum:float = setting("momentum of the blocks' optimiser", low=0, high=0.9999)
-    block_steps:int = setting("Newton-Schulz steps of the blocks' optimiser", low=1)
+    block_steps:int|None = setting("Newton-Schulz steps of the blocks' optimiser", low=1)
     block_gamma:float|None = setting("largest gradient norm that adago accumulates", above=0)
     block_eps:float|None = setting("smallest step of adago", low=0)
+    block_accumulator:str = setting("what adago accumulates the gradient norm of: the group of all matrices, or each matrix", choices=("none", "group", "matrix"))
+    block_eps_scheduled:bool = setting("does adago's smallest step follow the learning-rate schedule?")
+    sharded:bool = setting("share the Newton-Schulz steps among the processes", implementation=True)
 
 @dataclass(frozen=True)
 class Schedule:
     warmup_iterations:int = setting("iterations of linear warm-up of the learning rate", low=0)
     warmdown_iterations:int = setting("last iterations, in which the learning rate falls to 0", low=0)
-    curriculum:str = setting("sequence length: whole, or growing from 256 when the loss stops falling", choices=("none", "plateau"))
+    curriculum:str = setting("sequence length: whole, or growing when the training loss stops falling", choices=("none", "plateau"))
+    curriculum_lengths:tuple[int, int, int]|None = setting("sequence lengths before the whole one, tokens", low=2)
+    curriculum_iterations:tuple[int, int, int]|None = setting("fewest iterations at each of them", low=1)
+    curriculum_thresholds:tuple[float, float, float]|None = setting("go on when the loss falls by less in an iteration, on average, nats", above=0)
+    curriculum_window:int|None = setting("last iterations that the average is over", low=2)
     depth_warming:bool = setting("skip upper blocks at random early in training")
 
 @dataclass(frozen=True)
 class Train:
-    iterations:int = setting("optimiser steps", low=1)
-    batch_size:int = setting("sequences a step, over all devices", low=1)
-    device_batch_size:int = setting("sequences that a device holds at once", low=1)
+    iterations:int = setting("optimiser steps; the clock starts at the eleventh", low=11)
+    batch_size:int = setting("sequences a step, over all processes", low=1)
+    device_batch_size:int = setting("sequences that a process holds at once; gradients are accumulated over the batch", low=1)
+    cpu_processes:int = setting("processes where there is no GPU", low=1, high=64, implementation=True)
+    precision:str = setting("number format of the matrix products: bf16 where the device has it, under auto", choices=("auto", "bf16", "fp32"))
+    compile:str = setting("torch.compile: the model, its blocks, none; auto is none on a CPU, and on a GPU the model, or its blocks where their number varies", choices=("auto", "model", "blocks", "none"), implementation=True)
+    loss_chunk:int|None = setting("tokens whose logits are in memory at once; none: all", low=1, implementation=True)
+    checkpoint_every:int|None = setting("iterations between checkpoints, from which a broken-off run is resumed; none: no checkpoints", low=1, implementation=True)
 
 @dataclass(frozen=True)
 class Evaluation:
-    every:int = setting("iterations between validations; 0: at the end only", low=0)
+    every:int = setting("iterations between validations; 0: before the first and after the last only", low=0)
     tokens:int = setting("validation tokens", low=1)
 
-# %% ../../nbs/gpt/00_settings.ipynb #cell-12
+# %% ../../nbs/gpt/00_settings.ipynb #cell-14
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
 @dataclass(frozen=True)
 class Settings:
     "All settings of the NanoGPT study."
@@ -95,23 +116,61 @@ class Settings:
 
     def rules(self):
         "What is wrong with the settings taken together."
-        model, schedule, train = self.model, self.schedule, self.train
+        yield from self._data_rules()
+        yield from self._model_rules()
+        yield from self._optimizer_rules()
+        yield from self._schedule_rules()
+
+    def _data_rules(self):
+        data, train = self.data, self.train
+        for name in ("dataset", "train", "validation"):
+            if not _NAME.fullmatch(getattr(data, name)): yield f"data.{name} ({getattr(data, name)}) is not a name: letters, digits, '.', '_' and '-'"
+        if data.dataset != "embedded" and data.train == data.validation: yield f"data.train and data.validation name the same shards ({data.train})"
+        if train.batch_size % train.device_batch_size: yield f"train.device_batch_size ({train.device_batch_size}) must divide train.batch_size ({train.batch_size})"
+        if self.evaluation.tokens % data.sequence_length: yield f"evaluation.tokens ({self.evaluation.tokens}) is no whole number of sequences of {data.sequence_length}"
+
+    def _model_rules(self):
+        model = self.model
         if model.width % (2 * model.heads): yield f"model.width ({model.width}) is not an even number of channels for each of {model.heads} model.heads"
         if model.key_value_heads and model.heads % model.key_value_heads: yield f"model.key_value_heads ({model.key_value_heads}) must divide model.heads ({model.heads})"
+        if model.key_value_heads == model.heads: yield f"model.key_value_heads ({model.key_value_heads}) cannot act: there are as many model.heads"
         if model.key_value_layers > model.layers: yield f"model.key_value_layers ({model.key_value_layers}) is more than model.layers ({model.layers})"
         if bool(model.key_value_heads) != bool(model.key_value_layers): yield "model.key_value_heads and model.key_value_layers act together only: set both or neither"
-        if model.block == "sequential" and model.block_scale != 1: yield "model.block_scale cannot act: model.block is sequential"
-        if self.optimizer.block != "adago" and (self.optimizer.block_gamma is not None or self.optimizer.block_eps is not None):
-            yield f"optimizer.block_gamma and optimizer.block_eps cannot act: optimizer.block is {self.optimizer.block}"
+        if (model.attention_conv == "none") != (model.attention_conv_kernel is None): yield "model.attention_conv and model.attention_conv_kernel act together only: set both or neither"
+        if (model.attention_conv_kernel or 0) > self.data.sequence_length: yield f"model.attention_conv_kernel ({model.attention_conv_kernel}) is longer than a sequence ({self.data.sequence_length})"
+        if model.block == "sequential" and model.branch_scale != 1: yield "model.branch_scale cannot act: model.block is sequential"
+
+    def _optimizer_rules(self):
+        optimizer = self.optimizer
+        adago = {"block_gamma": optimizer.block_gamma, "block_eps": optimizer.block_eps, "block_accumulator": None if optimizer.block_accumulator == "none" else optimizer.block_accumulator}
+        if optimizer.block == "adago":
+            if missing := [name for name, value in adago.items() if value is None]: yield f"optimizer.{missing[0]} is needed: optimizer.block is adago"
+        elif given := [name for name, value in (adago | {"block_eps_scheduled": optimizer.block_eps_scheduled or None}).items() if value is not None]:
+            yield f"optimizer.{given[0]} cannot act: optimizer.block is {optimizer.block}"
+        if optimizer.block == "adagrad" and (optimizer.block_momentum or optimizer.block_steps): yield "optimizer.block_momentum and block_steps cannot act: adagrad has neither; set them to 0 and none"
+        if optimizer.block != "adagrad" and optimizer.block_steps is None: yield f"optimizer.block_steps is needed: optimizer.block is {optimizer.block}"
+        if optimizer.block != "muon" and optimizer.sharded: yield f"optimizer.sharded cannot act: optimizer.block is {optimizer.block}"
+
+    def _schedule_rules(self):
+        schedule, train, length = self.schedule, self.train, self.data.sequence_length
         if schedule.warmup_iterations + schedule.warmdown_iterations > train.iterations:
             yield f"warm-up and warm-down ({schedule.warmup_iterations} + {schedule.warmdown_iterations}) are longer than training ({train.iterations} iterations)"
-        if schedule.curriculum != "none" and self.data.sequence_length <= 256: yield f"schedule.curriculum cannot act: sequences have {self.data.sequence_length} tokens"
-        if train.batch_size % train.device_batch_size: yield f"train.device_batch_size ({train.device_batch_size}) must divide train.batch_size ({train.batch_size})"
-        if self.evaluation.tokens % self.data.sequence_length: yield f"evaluation.tokens ({self.evaluation.tokens}) is no whole number of sequences"
+        if train.checkpoint_every and train.checkpoint_every >= train.iterations: yield f"train.checkpoint_every ({train.checkpoint_every}) cannot act: training has {train.iterations} iterations"
+        if schedule.depth_warming and self.model.layers < 4: yield f"schedule.depth_warming needs four model.layers or more, not {self.model.layers}"
+        given = [getattr(schedule, f"curriculum_{name}") for name in ("lengths", "iterations", "thresholds", "window")]
+        if schedule.curriculum == "none":
+            if any(value is not None for value in given): yield "schedule.curriculum_lengths, _iterations, _thresholds and _window cannot act: schedule.curriculum is none"
+            return
+        if any(value is None for value in given):
+            yield "schedule.curriculum needs curriculum_lengths, _iterations, _thresholds and _window"
+            return
+        if list(schedule.curriculum_lengths) != sorted(set(schedule.curriculum_lengths)) or schedule.curriculum_lengths[-1] >= length:
+            yield f"schedule.curriculum_lengths {list(schedule.curriculum_lengths)} must grow, and stay below data.sequence_length ({length})"
+        if schedule.curriculum_iterations[0] >= train.iterations: yield f"schedule.curriculum_iterations: training ({train.iterations} iterations) ends within the first length"
 
-# %% ../../nbs/gpt/00_settings.ipynb #cell-13
+# %% ../../nbs/gpt/00_settings.ipynb #cell-15
 def notice(
     flat:Mapping,  # settings by dotted name
 )->str:
-    "What must stand with every result made with these settings: nothing, all data are real."
-    return ""
+    "What must stand with every result made with these settings."
+    return "Trained on a small text that comes with Python: a demonstration, no finding about language models." if flat.get("data.dataset") == "embedded" else ""

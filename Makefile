@@ -9,8 +9,9 @@ INSTALLED := .venv/.installed
 help:            ## list the targets
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
 
-report: $(INSTALLED)   ## train the demo study on this machine (a few minutes on two CPU cores) and render its paper
+report: $(INSTALLED)   ## train the demos of the studies on this machine (some minutes on two CPU cores) and render their papers
 	$(BIN)/speedrun sweep params/sweeps/cifar_demo.yaml
+	$(BIN)/speedrun sweep params/sweeps/gpt_demo.yaml
 	$(BIN)/speedrun render --profile demo
 
 test: $(INSTALLED)     ## everything that CI checks; changes nothing in the tree

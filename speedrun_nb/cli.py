@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'JSON', 'Outputs', 'Profile', 'StudyName', 'DataName', 'doctor', 'variants', 'runs', 'run', 'sweep',
-           'compare', 'audit', 'import_', 'plan', 'render', 'data_fetch', 'data_check', 'main']
+           'compare', 'audit', 'import_', 'plan', 'render', 'data_fetch', 'data_check', 'tokenize', 'main']
 
 # %% ../nbs/cli.ipynb #cell-03
 import json
@@ -84,20 +84,20 @@ def _options(
 @app.command()
 def doctor(as_json:JSON=False):
     "Say what this machine has: versions, device, what the CPU computes in, data, Quarto, and what to do about what is missing."
-    from speedrun_nb.core.data import find_folder
+    from speedrun_nb.core.data import find_all
     from speedrun_nb.core.device import cpu_flags, cpu_has_bf16, pick_device
-    from speedrun_nb.core.project import choose_profile, load_dataset, load_study, project_root
+    from speedrun_nb.core.project import choose_profile, load_study, project_root
     from speedrun_nb.core.provenance import machine_state
     from speedrun_nb.report.quarto import find_quarto
     from speedrun_nb.report.render import engine_of
     state = machine_state(project_root())
-    found = find_folder(load_dataset("cifar10"))
     facts = {
         "speedrun_nb": f"{speedrun_nb.__version__} (package {state['package_hash']})", "project": project_root(), "Python": state["python"],
         "packages": ", ".join(f"{name} {version}" for name, version in state["packages"].items() if name != "speedrun_nb"),
         "device": f"{pick_device().type}" + "".join(f"; {gpu['name']}, driver {gpu['driver_version']}" for gpu in state["gpus"]),
         "CPU": f"{state['cpu']}, {state['cpu_count']} threads", "CPU computes in": "bf16" + (" (AMX)" if "amx_bf16" in cpu_flags() else "") if cpu_has_bf16() else "fp32",
-        "default profile": choose_profile(load_study("cifar")), "CIFAR-10": found, "Quarto": find_quarto() or "not found; papers render without it", "rendering": engine_of("auto", lambda message: None)[0],
+        "default profile": choose_profile(load_study("cifar"))} | find_all() | {
+        "Quarto": find_quarto() or "not found; papers render without it", "rendering": engine_of("auto", lambda message: None)[0],
     }
     if as_json: _print_json(facts)
     else: _print([{"": name, "found": value} for name, value in facts.items()])
@@ -303,14 +303,17 @@ def render(document:Annotated[str | None, typer.Argument(help="A document in pap
     for path in done.outputs: print(path)
 
 # %% ../nbs/cli.ipynb #cell-13
-DataName = Annotated[str, typer.Argument(help="Name of a data set, such as cifar10.", show_default=False)]
+DataName = Annotated[str, typer.Argument(help="Name of a data set, such as cifar10 or fineweb.", show_default=False)]
 
 @data_app.command("fetch")
-def data_fetch(name:DataName):
-    "Download a data set into the user's cache folder and check every file."
+def data_fetch(name:DataName, shards:Annotated[int | None, typer.Option(help="Of a data set in shards: how many to train on, besides those to validate on.", show_default=False)]=None):
+    """Download a data set into the user's cache folder and check every file. What is there already is kept.
+
+    Example: `speedrun data fetch fineweb --shards 9`
+    """
     from speedrun_nb.core.data import fetch
     from speedrun_nb.core.project import load_dataset
-    print(fetch(load_dataset(name)))
+    print(fetch(load_dataset(name), shards, say=lambda line: print(line, file=sys.stderr)))
 
 @data_app.command("check")
 def data_check(name:DataName, as_json:JSON=False):
@@ -320,6 +323,30 @@ def data_check(name:DataName, as_json:JSON=False):
     rows = check(load_dataset(name))
     _print_json(rows) if as_json else _print(rows)
     if not all(row["right"] == "yes" for row in rows): raise SpeedrunError(f"{name} is not complete; `speedrun data fetch {name}` downloads it")
+
+@app.command()
+def tokenize(files:Annotated[list[Path], typer.Argument(help="Text (a document a file), .jsonl (a document a line), .parquet (a document a row); text and .jsonl also as .gz.", show_default=False)],
+             out:Annotated[Path, typer.Option(help="Folder of the shards; its name becomes data.dataset.", show_default=False)],
+             name:Annotated[str, typer.Option(help="What the shards' names begin with.")]="text",
+             encoding:Annotated[str, typer.Option(help="gpt2, or bytes: a byte a token.")]="gpt2",
+             column:Annotated[str, typer.Option(help="Where the text is in .jsonl and .parquet.")]="text",
+             validation:Annotated[str, typer.Option(help="What to validate on: a share of the text (at most ten million tokens), or a number of tokens.")]="0.1",
+             shard_tokens:Annotated[int, typer.Option(help="Tokens a shard.")]=100_000_000,
+             processes:Annotated[int | None, typer.Option(help="How many encode; by default as many as there are processors.", show_default=False)]=None,
+             as_json:JSON=False):
+    """Turn text into token shards to train GPT on, a part split off for validation.
+
+    Example: `speedrun tokenize books/*.txt --out data/books`
+    """
+    from speedrun_nb.gpt.tokenize import tokenize as tokenize_files
+    from speedrun_nb.gpt.tokenize import training_command
+    made = tokenize_files(files, out, name, encoding, column, validation, shard_tokens, processes, progress=True)
+    if as_json:
+        _print_json(made)
+        return
+    _print([{"file": str(out / shard["file"]), "tokens": f"{shard['tokens']:,}"} for shard in made["shards"]],
+           f"{made['documents']:,} documents" + f", and {made['empty_documents']:,} empty ones left out" * (made["empty_documents"] > 0))
+    print(f"Train a small model on them:\n{training_command(made, out)}")
 
 # %% ../nbs/cli.ipynb #cell-15
 def _join_pairs(arguments:list[str])->list[str]:

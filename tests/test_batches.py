@@ -1,6 +1,7 @@
 "Batches from end to end: papermill, the `speedrun` command and the module make the same runs; and whatever happens, finished runs stay."
 import dataclasses
 import hashlib
+import functools
 import json
 import os
 import random
@@ -364,7 +365,8 @@ def train_batch(clean_environment, one_thread, capsys, tmp_path):
     def run(*words, train=None):
         capsys.readouterr()
         outputs = tmp_path / f"outputs-{random.getrandbits(32)}"
-        code = batches.main("cifar", train or (lambda *given: training.train(*given, device=torch.device("cpu"))), ["-p", "outputs", str(outputs), *map(str, words)])
+        run = functools.partial(run_batch, train=train or (lambda *given: training.train(*given, device=torch.device("cpu"))))
+        code = batches.main("cifar", functools.partial(plan_batch, "cifar"), run, ["-p", "outputs", str(outputs), *map(str, words)])
         folders = batch_folders(outputs)
         return code, capsys.readouterr().err, *(read_batch(folders[0]) if folders else ([], {}))
     return run

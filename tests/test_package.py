@@ -2,7 +2,6 @@
 import ast
 import configparser
 import importlib.metadata
-import inspect
 import json
 import re
 import shutil
@@ -10,10 +9,10 @@ import subprocess
 import sys
 
 import pytest
-from conftest import BIN, NOTEBOOK, ROOT, TINY_WORDS, batch_folders, call, environment, read_batch
+from conftest import BIN, ROOT, TINY_WORDS, batch_folders, call, environment, read_batch
 
 import speedrun_nb
-from speedrun_nb.core.batch import PARAMETERS, plan_batch
+from speedrun_nb.core.batch import default_parameters
 
 NAME = "speedrun_nb"
 
@@ -191,9 +190,7 @@ def test_the_parameters_cell(path):
     statements = ast.parse("".join(cells[0]["source"])).body
     assert all(isinstance(statement, ast.Assign) for statement in statements)
     declared = {statement.targets[0].id: ast.literal_eval(statement.value) for statement in statements}
-    if path == NOTEBOOK:
-        defaults = {name: parameter.default for name, parameter in inspect.signature(plan_batch).parameters.items() if name != "study"}
-        assert declared == defaults and tuple(declared) == PARAMETERS
+    assert declared == default_parameters(path.stem.removeprefix("run_"))
     second = ast.parse("".join(cells[1]["source"]))
     assert "notebook_parameters" in ast.unparse(second)  # which refuses what it does not know, before anything else happens
 

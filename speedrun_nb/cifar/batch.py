@@ -17,4 +17,4 @@ plan_batch = functools.partial(batch.plan_batch, "cifar")
 run_batch = functools.partial(batch.run_batch, train=train)
 
 if __name__ == "__main__" and globals().get("__spec__"):  # run with `python -m`, not as a notebook
-    sys.exit(batch.main("cifar", train))
+    sys.exit(batch.main("cifar", plan_batch, run_batch))

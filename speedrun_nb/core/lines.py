@@ -23,9 +23,9 @@ import pyarrow.json
 from .records import FIELDS, parse_line
 
 # %% ../../nbs/core/09_lines.ipynb #cell-06
-SHARED = tuple("study profile variant config config_hash repeat host_id package_hash clock device precision threads status tokens".split())  # mostly the same from line to line
-JSON, IN_LINES = ("config", "tokens"), ("curve", "regions")  # dicts: shared by runs, each run's own
-INTEGERS = ("schema", "seed", "repeat", "block", "order", "threads", "peak_memory_bytes")
+SHARED = tuple("study profile variant config config_hash repeat host_id package_hash clock device precision threads ranks status tokens compiled resumed_at".split())  # mostly the same from line to line
+JSON, IN_LINES = ("config", "tokens", "compiled"), ("curve", "regions")  # dicts: shared by runs, each run's own
+INTEGERS = ("schema", "seed", "repeat", "block", "order", "threads", "ranks", "resumed_at", "peak_memory_bytes")
 TYPES = {name: pa.int64() if name in INTEGERS else pa.float64() if name == "time_seconds" else pa.bool_() if name in IN_LINES else pa.string() for name in FIELDS}
 LABELS = {name for name, kind in TYPES.items() if kind == pa.string()} - {"run_id", "started_at", "ended_at", "fingerprint"}
 PLAIN = (pa.null(), pa.bool_(), pa.int64(), pa.float64(), pa.string())

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['project_root', 'from_root', 'Study', 'study_names', 'load_study', 'load_dataset', 'variant_names', 'profile_names',
-           'cuda_is_available', 'choose_profile', 'Variant', 'resolve', 'resolve_all', 'plain_hashes', 'claim_of',
-           'read_overrides']
+           'cuda_is_available', 'choose_profile', 'Variant', 'resolve', 'resolve_all', 'plain_hashes', 'without_stage',
+           'claim_of', 'read_overrides']
 
 # %% ../../nbs/core/01_project.ipynb #cell-03
 import configparser
@@ -66,6 +66,11 @@ class Study:
     params:Path     # the folder of its variants
     budget:str|None=None     # the setting that says how long to train: "train.epochs"
     target:Target|None=None  # the quality that the speedrun asks for
+    parameters:dict = field(default_factory=dict)  # what its run notebook takes beside the parameters of all: name -> default
+    protocol:str=""          # sentences for a paper: what the clock leaves out, what a seed decides
+    data_words:object=None   # function: settings (flat) -> what was trained on, in words; None where the study says nothing of its own
+    weights:object=None      # function: settings (flat) -> number of weights of the network; None where papers do not ask
+    token_flops:object=None  # function: settings (flat) -> floating-point operations that training on a token takes, likewise
 
 def study_names()->list[str]:
     "The packages that define a study: those with settings."
@@ -76,7 +81,8 @@ def load_study(name:str)->Study:
     "Find a study by name. Raises `SpeedrunError` with the nearest valid name."
     one_of(name, study_names(), "study")
     module = importlib.import_module(f"speedrun_nb.{name}.settings")
-    return Study(name, module.TITLE, module.Settings, module.METRICS, module.CLOCK, module.notice, project_root() / "params" / name, module.BUDGET, module.TARGET)
+    for_papers = {"protocol": getattr(module, "PROTOCOL", ""), **{what: getattr(module, what, None) for what in ("data_words", "weights", "token_flops")}}
+    return Study(name, module.TITLE, module.Settings, module.METRICS, module.CLOCK, module.notice, project_root() / "params" / name, module.BUDGET, module.TARGET, getattr(module, "PARAMETERS", {}), **for_papers)
 
 def load_dataset(name:str):
     "Find a downloadable data set of any study by name. Raises `SpeedrunError` with the nearest valid name."
@@ -205,11 +211,20 @@ def plain_hashes(
     known = set(variant_names(study)) if profile in profile_names(study) else set()
     return {name: resolve(study, name, profile).config_hash for name in names if name in known}
 
+_STAGE = re.compile(r"_stage_[a-z0-9]+$")
+
+def without_stage(
+    name:str,      # of a variant: "palm_parallel_stage_c"
+)->str:            # "palm_parallel"
+    "What published runs of one variant at several sizes have in common in their names."
+    return _STAGE.sub("", name)
+
 def claim_of(
     study:Study,
-    name:str,      # of a variant
-)->Claim|None:     # None for a variant that has no file, such as one of published runs
+    name:str,      # of a variant; also of published runs, with the stage that they belong to
+)->Claim|None:     # None for a variant that has no file, such as most published ones
     "What a variant promises, at whatever size."
+    name = without_stage(name)
     if name not in variant_names(study): return None
     data = _read_variant(study, name)
     return read_claim(data.get("claim"), study.metrics, str(data["path"]))

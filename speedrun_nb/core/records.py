@@ -27,6 +27,7 @@ class Ready:
     threads:int            # of the CPU
     warmup_seconds:float
     data:dict              # sha256 by file
+    ranks:int|None=None    # processes that train together, where a study has several
 
 @dataclass(frozen=True)
 class Progress:
@@ -49,6 +50,8 @@ class Result:
     regions:dict = field(default_factory=dict)  # seconds by region of the clock
     error:str|None=None
     tokens:dict|None=None  # {"trained", "unique"} where a study trains on tokens
+    compiled:dict|None=None # {"how": "none", "model" or "blocks", "graphs", "recompiles", "fallbacks"} where a study counts what torch.compile did in the run
+    resumed_at:int|None=None # the step that a run which had broken off was resumed from
 
 # %% ../../nbs/core/02_records.ipynb #cell-07
 SCHEMA = 1           # version of the record
@@ -123,8 +126,8 @@ def read_records(
     return records, problems
 
 # %% ../../nbs/core/02_records.ipynb #cell-15
-FIELDS = ("schema run_id study profile variant config config_hash seed repeat batch block order host_id device precision threads package_hash "
-          "status error started_at ended_at time_seconds tokens regions clock peak_memory_bytes fingerprint curve").split()
+FIELDS = ("schema run_id study profile variant config config_hash seed repeat batch block order host_id device precision threads ranks package_hash "
+          "status error started_at ended_at time_seconds tokens compiled resumed_at regions clock peak_memory_bytes fingerprint curve").split()
 
 def read_runs(
     outputs:Path,                # the folder of collected runs
@@ -148,8 +151,8 @@ def make_record(
     if unknown := set(result.metrics) - set(measured): raise SpeedrunError(f"the trainer reported {', '.join(unknown)}, which METRICS does not declare")
     return {
         "schema": SCHEMA, "run_id": run_id(cell["study"], cell["profile"], cell["config_hash"], result.seed, cell["repeat"]), **cell,
-        "seed": result.seed, "device": ready.device, "precision": ready.precision, "threads": ready.threads,
-        "status": result.status, "error": result.error, "time_seconds": result.time_seconds, "tokens": result.tokens, "regions": result.regions,
-        "peak_memory_bytes": result.peak_memory_bytes, "metrics": measured, "curve": result.curve,
-        "fingerprint": fingerprint(result.losses, quality) if result.losses else None,
+        "seed": result.seed, "device": ready.device, "precision": ready.precision, "threads": ready.threads, "ranks": ready.ranks,
+        "status": result.status, "error": result.error, "time_seconds": result.time_seconds, "tokens": result.tokens,
+        "compiled": result.compiled, "resumed_at": result.resumed_at, "regions": result.regions, "peak_memory_bytes": result.peak_memory_bytes, "metrics": measured,
+        "curve": result.curve, "fingerprint": fingerprint(result.losses, quality) if result.losses else None,
     }

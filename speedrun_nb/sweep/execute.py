@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from ..core.batch import BatchPlan, batch_name, make_folder, notebook_parameters, plan_batch
+from ..core.batch import BatchPlan, batch_name, make_folder, default_parameters, notebook_parameters, plan_batch
 from ..core.config import SpeedrunError
 from ..core.project import from_root, project_root
 from .plan import PlannedBatch, Sweep, completed_run_ids, plan
@@ -22,7 +22,7 @@ def prepare(
     parameters:Mapping,  # of the run notebook
 )->BatchPlan:
     "Validate a batch and choose its folder. Raises `SpeedrunError`; starts nothing."
-    return plan_batch(study, **notebook_parameters({"batch": batch_name(), **parameters}))
+    return plan_batch(study, **notebook_parameters({"batch": batch_name(), **parameters}, default_parameters(study)))
 
 def run_notebook(
     study:str,

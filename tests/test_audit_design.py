@@ -175,6 +175,29 @@ def test_software_that_separates_the_sides(provenance, severity):
     assert not found(case_of(frame, lambda v, b: provenance("same"))) and not found(case_of(frame, lambda v, b: provenance(None)))
 
 
+def test_numbers_of_processes():
+    "Times of eight processes and of one are not compared unnoticed, wherever the difference is; results may be."
+    frame = study(variants=("baseline", "crop", "wide"))
+    for ranks, groups in ((frame["variant"].map({"baseline": 8, "crop": 1, "wide": 8}), [("baseline", "crop")]), (frame["variant"].map({"baseline": 8, "wide": 8}).fillna(frame["seed"] % 2 * 7 + 1), [("crop",)])):
+        mixed = [f for f in audit_design(case_of(frame.assign(ranks=ranks))) if f.severity == "serious"]
+        assert [f.groups for f in mixed] == groups and {f.id for f in mixed} == {"mixed-software"}
+        assert all(f.undermines("time_seconds") and not f.undermines("accuracy") and f.concerns(["baseline", "crop"]) and not f.concerns(["baseline", "wide"]) for f in mixed)
+    alternating = frame.assign(ranks=frame["seed"] % 2 + 1)  # all groups have both
+    assert {f.groups for f in audit_design(case_of(alternating)) if f.severity == "serious"} == {("baseline",), ("crop",), ("wide",)}
+    assert not found(case_of(frame.assign(ranks=8))) and not found(case_of(frame.assign(ranks=None)))
+    declared = frame.assign(ranks=frame["variant"].map({"baseline": 2, "crop": 4, "wide": 2}), config=[{"train.cpu_processes": 4 if v == "crop" else 2} for v in frame["variant"]])
+    assert not found(case_of(declared))
+    two = study(hosts=("a", "b"))
+    assert found(case_of(two.assign(ranks=two["host_id"].map({"a": 8, "b": 4})))) == {("mixed-hosts", "note"), ("mixed-software", "note")}  # compared within each
+
+
+def test_a_variant_that_is_compiled_in_another_way():
+    frame = study()
+    compiled = frame.assign(compiled=[dict(how="blocks" if v == "crop" else "model", graphs=2, recompiles=0, fallbacks=0) for v in frame["variant"]])
+    assert found(case_of(compiled)) == {("mixed-software", "warning")} and not found(case_of(frame.assign(compiled=[dict(how="model")] * len(frame))))
+    assert not found(case_of(compiled.assign(config=[{"train.compile": v} for v in frame["variant"]])))
+
+
 def test_software_of_two_hosts():
     frame = study(hosts=("a", "b"))
     assert {s for _, s in found(case_of(frame, lambda v, b: {"packages": {"torch": b[0]}}))} == {"note"}
@@ -196,6 +219,7 @@ def variations(frame):
     yield "only the baseline", frame[frame["variant"] == "baseline"]
     yield "all times missing", frame.assign(time_seconds=None)
     yield "all metrics missing", frame.assign(time_seconds=np.nan, accuracy=np.nan)
+    yield "odd numbers of processes", frame.assign(ranks=[None, 8, "two", 2.5] * (len(frame) // 4) + [None] * (len(frame) % 4), compiled=[None, 7, {}, {"how": None}] * (len(frame) // 4) + [None] * (len(frame) % 4))
     yield "some NaN and infinities", frame.assign(time_seconds=frame["time_seconds"].where(frame["seed"] % 3 > 0, np.nan).where(frame["seed"] % 4 > 0, np.inf))
     yield "all equal", frame.assign(time_seconds=4.4, accuracy=0.94)
     yield "zero times", frame.assign(time_seconds=0.0)

@@ -12,7 +12,8 @@ from speedrun_nb.core.project import load_study
 from speedrun_nb.core.provenance import read_provenance
 from speedrun_nb.core.records import read_runs
 from speedrun_nb.evidence.audit_copies import agreements, beyond_chance, check_copied_runs, check_inert_seed, check_repeated_seed, check_same_computation, counted
-from speedrun_nb.evidence.audit_runs import RUN_CHECKS, audit_runs, check_missing_runs, check_settings_differ, check_step_time_jump, check_warmup_outlier, step_times
+from speedrun_nb.evidence.audit_runs import RUN_CHECKS, audit_runs, check_missing_runs, check_settings_differ, check_step_time_jump, check_warmup_outlier
+from speedrun_nb.evidence.audit_training import step_times
 from speedrun_nb.evidence.findings import CHECKS, make_case
 
 DATA = os.environ.get("SPEEDRUN_DATA")
@@ -74,6 +75,12 @@ def test_every_planted_mistake_is_found_and_nothing_else():
     lost = other.assign(status=["failed"] * 20 + ["completed"] * 40)
     assert found(case_of(base, lost)) == {("missing-runs", "serious", ("det_crop",))}
     assert found(case_of(base, other.assign(tokens=[dict(trained=30, unique=10)] * 60))) == {("repeated-data", "warning", ("det_crop",))}
+    gave_up = [dict(how="model", graphs=9, recompiles=7, fallbacks=1)] * 60
+    assert found(case_of(base, other.assign(compiled=gave_up))) == {("compile-fallback", "serious", ("det_crop",))}
+    assert found(case_of(base, other.assign(compiled=[c | dict(fallbacks=0) for c in gave_up]))) == {("compile-fallback", "warning", ("det_crop",))}
+    fine = [dict(how="model", graphs=9, recompiles=0, fallbacks=0)] * 60
+    assert found(case_of(base.assign(compiled=fine, ranks=8, resumed_at=None), other.assign(compiled=fine, ranks=8, resumed_at=None))) == set()
+    assert found(case_of(base, other.assign(resumed_at=[None, 600] * 30))) == {("resumed-runs", "warning", ("det_crop",))}
     dirty = {"cifar/full/det_crop/b0": dict(git=dict(commit="ab" * 20, dirty=True))}
     assert found(case_of(base, other, provenances=dirty)) == {("uncommitted-code", "warning", ("det_crop",))}
     tested = [runs_of(name, 20, rng, config=[{"data.split": "official"}] * 20) for name in ("baseline", "a", "b", "c")]
@@ -88,6 +95,26 @@ def test_one_copied_batch_among_many_is_found():
     frames = [runs_of(f"v{i:02d}", 100, rng, accuracy=a, fingerprint=None) for i, a in enumerate(accuracy)]
     frames.append(runs_of("v03", 5, rng, batch="b1", accuracy=accuracy[3][:5], fingerprint=None))
     assert found(case_of(*frames)) == {("same-computation", "serious", ("v03", "v07", "v12")), ("copied-runs", "warning", ("v03",)), ("repeated-seed", "warning", ("v03",))}
+
+
+def gpt_runs(variant, losses, prints, **config):
+    "Runs of the other study, which has settings that say how rather than what."
+    rows = runs_of(variant, len(losses), np.random.default_rng(0), fingerprint=prints).drop(columns="accuracy")
+    return rows.assign(study="gpt", profile="elsewhere", val_loss=losses, config=[{"optimizer.sharded": False, "train.loss_chunk": None, "model.layers": 12} | config] * len(losses))
+
+
+def test_equal_results_of_another_implementation_are_what_was_hoped_for():
+    rng = np.random.default_rng(8)
+    losses, prints = rng.normal(3.28, 0.002, 20), [f"p{i}" for i in range(20)]
+    make = lambda *frames: make_case(pd.concat(frames, ignore_index=True), load_study("gpt"))
+    base = gpt_runs("baseline", losses, prints)
+    for change in ({"optimizer.sharded": True}, {"train.loss_chunk": 4096}, {"optimizer.sharded": True, "train.loss_chunk": 4096}):
+        assert found(make(base, gpt_runs("other", losses, prints, **change))) == set()
+        assert found(make(base, gpt_runs("other", losses, [f"q{i}" for i in range(20)], **change))) == set()  # equal to the last digit shown
+        assert found(make(base, gpt_runs("other", losses + rng.normal(0, 1e-3, 20), [f"q{i}" for i in range(20)], **change))) == set()  # more than rounding
+        assert found(make(base, gpt_runs("other", losses, prints, **change | {"model.layers": 24}))) == {("same-computation", "serious", ("baseline", "other"))}
+    twice = make(base, gpt_runs("baseline", losses, prints).assign(batch="b1", repeat=1, run_id=[f"again-{i}" for i in range(20)]))
+    assert ("copied-runs", "serious", ("baseline",)) in found(twice)  # within a group it is a copy all the same
 
 
 def test_copies_are_told_from_files_copied():
@@ -162,6 +189,7 @@ def bare(**columns):
     {}, dict(time_seconds=None), dict(time_seconds=[np.nan, 4.4], accuracy=[np.nan, None]), dict(time_seconds=0.0, accuracy=0.0), dict(status="failed"), dict(status=["diverged", "completed"], time_seconds=[None, 4.0]),
     dict(curve=None), dict(curve=[{}, {"step": []}]), dict(curve=[dict(step=[0, 1], val_loss=[None, None], step_ms=[None, None])] * 2), dict(curve=[dict(epoch=[None] * 9, time_seconds=[1.0] * 9)] * 2),
     dict(fingerprint=[None, np.nan]), dict(seed=[0, 0], fingerprint=["f", "f"]), dict(run_id=[None, None]), dict(run_id=["a", "a"]), dict(batch=None), dict(tokens=[None, {}]), dict(tokens=[dict(trained=None, unique=3), 7]),
+    dict(compiled=[None, {}]), dict(compiled=[7, dict(fallbacks=None, recompiles="x", graphs=1.5)]), dict(compiled=[dict(fallbacks=1), dict(recompiles=2)]), dict(resumed_at=[None, 600]), dict(resumed_at=["x", np.nan]),
     dict(config=[{}, {}], order=[None, 1], host_id=None), dict(order=[0, 0], time_seconds=[9.9, 1.0])])
 @pytest.mark.parametrize("runs", [1, 2])
 def test_degenerate_records_are_audited(columns, runs):

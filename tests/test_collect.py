@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -60,7 +61,8 @@ def record(seed, variant="baseline", status="completed", **fields):
     made = status == "completed"
     result = Result(seed, status, 4 + seed / 7 if made else None, {"accuracy": 0.9 + seed / 1e6, "train_loss": 1.0} if made else {}, {"epoch": [0, 1], "train_loss": [2.5, 1e-7 * seed]} if made else {}, [2.5, seed],
                     1000 + seed, {"training": seed / 3, "evaluation": 1}, None if made else 'RuntimeError: "é"\n', {"trained": 5, "unique": 3})
-    return make_record(result, Ready("cuda", "fp16", 8, 0.5, {}), cell, STUDY.metrics) | fields
+    if variant == "b": result = replace(result, compiled={"how": "model", "graphs": 2, "recompiles": 0, "fallbacks": 0}, resumed_at=None if seed % 5 else 600)
+    return make_record(result, Ready("cuda", "fp16", 8, 0.5, {}, ranks=8 if variant == "b" else None), cell, STUDY.metrics) | fields
 
 
 def write(path, records, tail=b""):
@@ -127,7 +129,8 @@ DAMAGED_CURVES = [b"[2.5,, 1.0]", b"[2.5, 1..0]", b"[2.5 1.0]", b"[2.5, 1.0", b"
 ODD_ENDINGS = [b'"study": "other", "z": 1}', b'"threads": 3, "z": 1}', b'"config": {"q": 1}, "z": 0}', b'"curve": {"a": [3]}}', b'"curve": null}', b'"curve": true}', b'"x": {"curve": {"a": [1]}}}', b'"metrics": {"accuracy": 3}}', b'"metrics": null}',
                b'"metrics": {"started": "2026-01-01"}}', b'"metrics": {"seed": 3}}', b'"metrics": {"many": [1, 2]}}', b'"x": "\xff"}', b'"x": "\xc3\xa9"}', b'"x": 1}}', b'"x": 1}{"run_id": "r"}', b'"seed": 1.5}', b'"run_id": null}', b'"run_id": 5}', b'"time_seconds": 4}',
                b'"time_seconds": true}', b'"block": null}', b'"x": "\x01"}', b'"x": "\\ud800"}', b'"fingerprint": "\\ud800"}', b'"x": 01}', b'"x": 1,}']
-SHARED_ODDLY = [("threads", 2.5), ("threads", True), ("threads", "two"), ("threads", None), ("host_id", None), ("host_id", 5), ("config", None), ("config", "none"), ("config", []), ("repeat", 2**70), ("clock", "2026-01-01T00:00:00"), ("tokens", {"curve": {"a": [1]}}), ("status", "failed")]
+SHARED_ODDLY = [("threads", 2.5), ("threads", True), ("threads", "two"), ("threads", None), ("host_id", None), ("host_id", 5), ("config", None), ("config", "none"), ("config", []), ("repeat", 2**70), ("clock", "2026-01-01T00:00:00"), ("tokens", {"curve": {"a": [1]}}), ("status", "failed"),
+                ("ranks", 2.5), ("ranks", 8), ("compiled", "model"), ("compiled", {"graphs": 3}), ("compiled", {"curve": {"a": [1]}}), ("resumed_at", 600), ("resumed_at", "600")]
 
 
 @pytest.mark.parametrize("odd", [line.replace(b"[2.5, 7e-07]", curve) for line in [json.dumps(record(7)).encode()] for curve in DAMAGED_CURVES]
@@ -170,6 +173,24 @@ def test_what_a_batch_writes_goes_the_quick_way(tmp_path, monkeypatch):
     pd.testing.assert_frame_equal(frame.drop(columns=[*IN_LINES]), expected.drop(columns=[*IN_LINES]))
     assert frame["curve"].tolist() == expected["curve"].tolist() and frame["regions"].tolist() == expected["regions"].tolist()
     assert len({id(config) for config in frame["config"]}) == 1 and read_runs(tmp_path)[0].equals(frame)
+
+
+def test_records_from_before_a_field_was_added(tmp_path, monkeypatch):
+    "They read as None, alone, beside newer ones, and from a cache; a cache from before is not trusted."
+    new = ("ranks", "compiled", "resumed_at")
+    olds = [{name: value for name, value in record(seed).items() if name not in new} for seed in range(20)]
+    path = write(tmp_path / "cifar/full/baseline/b/runs.jsonl", olds)
+    monkeypatch.setattr(collecting, "KEEP_FROM", 1)
+    with monkeypatch.context() as before:
+        before.setattr(collecting, "FIELDS", [name for name in FIELDS if name not in new])
+        collect(tmp_path)
+    assert collecting.load_cache(tmp_path / "cifar") == (None, {})
+    for _ in range(2): assert check(tmp_path)[list(new)].isna().all(axis=None)
+    monkeypatch.setattr(collecting, "patient_table", lambda piece: pytest.fail("not to be called"))
+    for seed in range(20, 25): append_record(path, record(seed, "b"))
+    for _ in range(2): frame = check(tmp_path)
+    assert frame["ranks"].tolist()[20:] == [8] * 5 and frame["ranks"].isna().sum() == 20 and frame["resumed_at"].dropna().tolist() == [600]
+    assert frame["compiled"].tolist() == [None] * 20 + [{"how": "model", "graphs": 2, "recompiles": 0, "fallbacks": 0}] * 5
 
 
 def test_one_damaged_line_costs_little(tmp_path, monkeypatch):

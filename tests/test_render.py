@@ -12,6 +12,7 @@ import pytest
 from speedrun_nb.core.config import SpeedrunError
 from speedrun_nb.report import render as rendering
 from speedrun_nb.report.render import render
+from speedrun_nb.report.study import made_up_runs
 
 PAPER = Path(__file__).parent / "render"
 
@@ -271,3 +272,35 @@ def test_quarto_leaves_no_holes(paper, quarto, monkeypatch, name, value, expecte
     monkeypatch.setenv(name, value)
     message = refused(paper("Text.\n"), engine="quarto")
     assert expected in message and message.startswith("paper.qmd: ")
+
+
+# the papers of the studies, in every state that their runs can be in
+
+@pytest.fixture
+def papers(tmp_path, monkeypatch):
+    "A copy of the papers, and an empty folder of runs that they read."
+    monkeypatch.setenv("SPEEDRUN_OUTPUTS", str(tmp_path / "outputs"))
+    monkeypatch.delenv("SPEEDRUN_PROFILE", raising=False)
+    return Path(shutil.copytree(PAPER.parents[1] / "paper", tmp_path / "paper", ignore=shutil.ignore_patterns("_output")))
+
+
+def test_language_models_without_runs(papers):
+    text = words(render(papers, ["nanogpt"], formats=["html"], engine="built-in").outputs[0].read_text(encoding="utf-8"))
+    assert text.count("There are no runs of NanoGPT yet") >= 4 and "No runs yet." in text and "There are no runs in any profile yet." in text
+    assert re.findall(r"Figure (\d+):", text) == [*"12345678"] and [int(n) for n in re.findall(r"Table (\d+):", text)] == [*range(1, 16)]
+
+
+def test_papers_of_a_profile_that_one_study_lacks(papers, monkeypatch):
+    outputs = papers.parent / "outputs"
+    made_up_runs(outputs, effects={"baseline": (0, 0)}, runs=2)
+    for profile, runs in (("demo", 2), ("stage_a", 5)): made_up_runs(outputs, "gpt", profile, {"baseline": (0, 0), "kv_1": (-1, 0.05), "palm_parallel": (-2, 0.005)}, runs=runs)
+    monkeypatch.setenv("SPEEDRUN_PROFILE", "stage_a")
+    made = {path.name: path for path in render(papers, ["cifar10", "nanogpt"], engine="built-in").outputs}
+    cifar, gpt = (words(made[name].read_text(encoding="utf-8")) for name in ("cifar10.html", "nanogpt.html"))
+    assert "There are no runs of CIFAR-10 in the profile stage_a. There are runs in other profiles: demo (2 runs)." in cifar
+    assert "15 runs of 3 variants count here, in the profile stage_a, on the data set fineweb" in gpt and "kv_1: refuted." in gpt and "palm_parallel: supported." in gpt
+    assert "There are runs in the profiles demo (6 runs) and stage_a (15 runs). This paper is about stage_a" in gpt and "21 runs were made, none of which failed or diverged" in gpt
+    assert "123.6 million weights" in gpt and "1,000 steps of 128 sequences of 1,024 tokens" in gpt and "Muon" in gpt
+    assert made["nanogpt.pdf"].read_bytes().startswith(b"%PDF")
+    monkeypatch.setenv("SPEEDRUN_PROFILE", "stage_x")
+    assert 'no profile "stage_x". Did you mean "stage_' in refused(papers, "nanogpt")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROOF', 'NOISE', 'identity', 'once', 'qualities', 'column', 'numbers', 'counted', 'Agreement', 'beyond_chance',
-           'agreements', 'some', 'labels', 'count', 'check_copied_runs', 'check_same_computation', 'first_loss',
-           'check_inert_seed', 'check_repeated_seed']
+           'agreements', 'some', 'labels', 'count', 'check_copied_runs', 'differ_in_how_only', 'check_same_computation',
+           'first_loss', 'check_inert_seed', 'check_repeated_seed']
 
 # %% ../../nbs/evidence/13_audit_copies.ipynb #cell-02
 import weakref
@@ -19,11 +19,12 @@ from scipy import stats
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from ..core.config import schema_fields
 from .findings import Case, Finding
 
 # %% ../../nbs/evidence/13_audit_copies.ipynb #cell-07
 PROOF = 5  # so many different values in a curve, or equal results in a row, can prove something
-_COSTS = ("epoch", "step", "step_ms", "time_seconds")  # parts of a curve that are no result
+_COSTS = ("epoch", "step", "step_ms", "time_seconds", "tokens", "tokens_per_second")  # parts of a curve that are no result
 
 def _series(curve)->tuple:
     "The results in a curve, without what they cost; empty where too little is in it to prove anything."
@@ -244,6 +245,16 @@ def _copied(case, number, table, copies, pairs, names)->Finding:
                    tuple(table["run_id"][mine]), (name,), dict(copies=n, runs=of, same_times=whole, pairs=[a.as_dict() for a in pairs]), None if whole > n / 2 else metric)
 
 # %% ../../nbs/evidence/13_audit_copies.ipynb #cell-28
+def differ_in_how_only(
+    case:Case,
+    one:Mapping|None, other:Mapping|None,  # settings by dotted name
+)->bool:
+    "Do two groups differ in settings, but in none that says what is computed?"
+    if not (isinstance(one, Mapping) and isinstance(other, Mapping)): return False
+    how = {name for name, (_, metadata) in schema_fields(case.study.schema).items() if metadata.get("implementation")}
+    changed = {name for name in {*one, *other} if one.get(name) != other.get(name)}
+    return bool(changed) and changed <= how
+
 def _shared(table:pd.DataFrame)->dict:
     "For pairs of groups: rows whose identity the other group has too."
     known = table[table["identity"].notna()].drop_duplicates(["group", "identity"]).reset_index()
@@ -261,7 +272,7 @@ def _equal_groups(case:Case, table:pd.DataFrame)->tuple[dict, dict]:
         both = a.rows if groups == a.groups else a.rows[:, ::-1]
         rows[groups] = np.concatenate([rows[groups], both]) if groups in rows else both
         expected[groups] = expected.get(groups, 0.0) + a.expected
-    return rows, expected
+    return {(i, j): both for (i, j), both in rows.items() if not differ_in_how_only(case, case.groups[i].config, case.groups[j].config)}, expected
 
 # %% ../../nbs/evidence/13_audit_copies.ipynb #cell-29
 def check_same_computation(case:Case)->list[Finding]:
@@ -286,7 +297,7 @@ def _same(case, table, rows, expected)->Finding:
                    "Find out why the settings that differ do not reach the computation, and run one of them again.",
                    tuple(table["run_id"].iloc[sorted({int(r) for both in rows.values() for r in both.ravel()})]), tuple(names), figures)
 
-# %% ../../nbs/evidence/13_audit_copies.ipynb #cell-33
+# %% ../../nbs/evidence/13_audit_copies.ipynb #cell-34
 def _coincidence(table:pd.DataFrame, names:list[str], number:int)->float:
     "How probable it is that two runs with different seeds have equal results: as often as in the other groups."
     others = [runs for group, runs in table.groupby("group") if group != number and (runs[names].nunique() > 1).any()]
@@ -306,7 +317,7 @@ def _constant(table:pd.DataFrame, names:list[str])->dict[int, int]:
     limit = np.where(groups["identity"].nunique() == size, 1e-6, 1e-3)[flat]
     return {number: int(seeds[number]) for number, most in zip(size.index[flat], limit, strict=True) if _coincidence(table, names, number) ** (seeds[number] - 1) < most}
 
-# %% ../../nbs/evidence/13_audit_copies.ipynb #cell-34
+# %% ../../nbs/evidence/13_audit_copies.ipynb #cell-35
 def _inert(case:Case, number:int, runs:pd.DataFrame, names:list[str], seeds:int, how:str)->Finding:
     name = case.groups[number].name
     return Finding("inert-seed", "serious", f"{count(len(runs))} of {name} with {count(seeds, 'different seed')} {how}",
@@ -325,7 +336,7 @@ def _inert_seeds(case:Case, table:pd.DataFrame, names:list[str])->list[Finding]:
     return found + [_inert(case, number, runs, names, runs["seed"].nunique(), "computed the same as another with a different seed, to the last bit: the seed has no effect.")
                     for number, runs in shared.groupby("group")]
 
-# %% ../../nbs/evidence/13_audit_copies.ipynb #cell-36
+# %% ../../nbs/evidence/13_audit_copies.ipynb #cell-37
 NOISE = 1e-3  # relative; rounding in 16 bits averages to far less over a validation set
 
 def first_loss(
@@ -358,7 +369,7 @@ def check_inert_seed(case:Case)->list[Finding]:
     "`inert-seed`: different seeds with equal results (serious), or one seed with different initial networks (warning)."
     return _inert_seeds(case, counted(case), qualities(case)) + _different_starts(case)
 
-# %% ../../nbs/evidence/13_audit_copies.ipynb #cell-39
+# %% ../../nbs/evidence/13_audit_copies.ipynb #cell-40
 def _correlation(runs:pd.DataFrame, metric:str)->tuple[float, int]|None:
     "The correlation between the two hosts (or repeats) with most runs, over the seeds that both have; and how many. None for fewer than ten, or without spread."
     by = "host_id" if runs["host_id"].nunique() > 1 else "repeat"
@@ -368,7 +379,7 @@ def _correlation(runs:pd.DataFrame, metric:str)->tuple[float, int]|None:
     if len(both) < 10 or np.ptp(first[both]) == 0 or np.ptp(second[both]) == 0: return None
     return float(np.corrcoef(first[both], second[both])[0, 1]), len(both)
 
-# %% ../../nbs/evidence/13_audit_copies.ipynb #cell-40
+# %% ../../nbs/evidence/13_audit_copies.ipynb #cell-41
 def check_repeated_seed(case:Case)->list[Finding]:
     "`repeated-seed`: a seed used twice on one machine (warning), or on several machines or in deliberate repeats (note)."
     table, found = counted(case), []

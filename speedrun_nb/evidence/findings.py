@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SEVERITIES', 'CHECKS', 'RESULTS', 'Finding', 'Case', 'find_baselines', 'main_baseline', 'name_groups', 'make_case',
-           'nearest_baseline', 'rivals', 'focus', 'by_baseline']
+           'origins', 'concerned', 'nearest_baseline', 'rivals', 'focus', 'by_baseline']
 
 # %% ../../nbs/evidence/12_findings.ipynb #cell-02
 from collections.abc import Iterable, Mapping
@@ -27,7 +27,7 @@ CHECKS = {  # id -> what it means
     "same-settings": "variants of different names have the same settings, as far as is recorded",
     "mixed-hosts": "runs of different machines are in one sample",
     "mixed-clocks": "times were measured by different clocks",
-    "mixed-software": "runs of different software, code or data are compared",
+    "mixed-software": "runs of different software, code, data or number of processes are compared",
     "no-baseline-on-host": "a machine has runs of the variant but none of the baseline",
     "not-interleaved": "the conditions were run one after the other",
     "order-drift": "results drift with the order of runs",
@@ -41,6 +41,8 @@ CHECKS = {  # id -> what it means
     "guard-missed": "what must not suffer was not shown to be kept",
     "frontier-explains": "training shorter gives the same speed-up",
     "step-time-jump": "the time of a step jumps within a run",
+    "compile-fallback": "part of a run was not compiled, or was compiled while it was timed",
+    "resumed-runs": "runs that broke off and were resumed",
     "repeated-data": "more training tokens than unique tokens",
     "missing-runs": "runs that failed, diverged or are not there",
     "uncommitted-code": "the code that ran is in no commit",
@@ -134,6 +136,17 @@ def make_case(
     return Case(study, profile, rows, groups, main_baseline(find_baselines(groups, own), plain), provenances or {}, own)
 
 # %% ../../nbs/evidence/12_findings.ipynb #cell-12
+def origins(case:Case, group:Group, rows:pd.DataFrame)->dict[str, dict]:
+    "Where the batches of a group come from, by batch; those without provenance are left out."
+    batches = pd.unique(rows["batch"].dropna()) if case.provenances and "batch" in rows else []
+    return {batch: p for batch in batches if (p := case.provenance(group.variant, batch))}
+
+def concerned(case:Case, names:Iterable[str])->list[tuple[str, ...]]:
+    "The groups of the findings to make: one finding about all groups, or else one for each, so that each of their comparisons is concerned."
+    names = list(names)
+    return [tuple(names)] if len(names) == len(case.groups) else [(name,) for name in names]
+
+# %% ../../nbs/evidence/12_findings.ipynb #cell-15
 def _format(case:Case, group:Group)->str|None:
     "How a group's runs were logged; None for runs of this project."
     return (case.provenance(group.variant, group.runs["batch"].iloc[0]).get("source") or {}).get("format")

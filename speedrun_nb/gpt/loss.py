@@ -23,14 +23,14 @@ def tile_rows(
 def softmax_errors_(
     logits:torch.Tensor,  # (n, vocabulary); overwritten by softmax minus one-hot where `errors`
     targets:torch.Tensor, # (n,) int64
-    errors:bool=True,     # False: leave the logits alone or in an undefined state; only the losses are wanted
+    errors:bool=True,     # False: leave the logits alone; only the losses are wanted
 )->torch.Tensor:          # (n,) float32, the loss of each token
     "Cross-entropy of each token, and its gradient with respect to the logits in their place."
     rows, losses = tile_rows(logits), []
     for tile, right in zip(logits.split(rows), targets.unsqueeze(1).split(rows), strict=True):
         scores = tile.float()  # a copy, but for float32
         largest, own = scores.amax(1), scores.gather(1, right).squeeze(1)
-        probabilities = torch.softmax(scores, 1, out=scores) if scores.device.type == "cpu" else torch.softmax(scores, 1)
+        probabilities = scores.softmax(1)
         losses.append(largest - probabilities.amax(1).log() - own)
         if errors: tile.copy_(probabilities.scatter_add_(1, right, torch.full_like(right, -1, dtype=torch.float32)))
     return torch.cat(losses)
@@ -53,15 +53,16 @@ def losses_and_gradients(
     wanted:tuple[bool, bool], # gradients of hidden, of weight
 )->tuple:  # losses (n,) float32; gradients of their sum: (n, width) in the dtype of `hidden` or None, (vocabulary, width) float32 or None
     "Cross-entropy of `hidden @ weight.T`, `chunk` tokens at a time."
-    losses, logits = [], hidden.new_empty(min(chunk, len(hidden)), len(weight))
+    losses = []
     of_hidden = torch.empty_like(hidden) if wanted[0] else None
     of_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
     for start in range(0, len(hidden), chunk):
         part = hidden[start:start + chunk]
-        errors = torch.mm(part, weight.T, out=logits[:len(part)])
+        errors = part @ weight.T  # logits at first
         losses.append(softmax_errors_(errors, targets[start:start + chunk], any(wanted)))
-        if wanted[0]: torch.mm(errors, weight, out=of_hidden[start:start + chunk])
+        if wanted[0]: of_hidden[start:start + chunk] = errors @ weight
         if wanted[1]: add_product_(of_weight, errors.T, part)
+        del errors  # or the next chunk's would be in memory beside them
     return torch.cat(losses), of_hidden, of_weight
 
 # %% ../../nbs/gpt/05_loss.ipynb #cell-11
@@ -69,7 +70,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     "Mean cross-entropy whose gradients are computed in the forward pass."
     @staticmethod
     def forward(ctx, hidden, weight, targets, chunk, dtype, wanted):
-        losses, *gradients = losses_and_gradients(hidden.to(dtype), weight.to(dtype), targets, chunk, wanted)
+        # detached, because torch.compile would trace what is written in place as if it were to be differentiated
+        losses, *gradients = losses_and_gradients(hidden.detach().to(dtype), weight.detach().to(dtype), targets, chunk, wanted)
         ctx.save_for_backward(*gradients)
         ctx.dtypes, ctx.tokens = (hidden.dtype, weight.dtype), len(targets)
         return losses.mean()

@@ -14,7 +14,7 @@ from ..evidence.target import target_rows
 from ..evidence.verdict import amount, count, finer, half, p_value, percent, size, span
 from .batch import markdown
 from .study import StudyReport
-from .tables import signed, signed_interval
+from .tables import NBSP, signed, signed_interval
 
 # %% ../../nbs/report/12_evidence.ipynb #cell-05
 def _p(p:float|None)->str|None: return None if p is None else p_value(p).removeprefix("p ").removeprefix("= ")
@@ -122,11 +122,13 @@ def _headed(report:StudyReport, rows_of)->list[dict]:
 
 def design_table(report:StudyReport)->str:
     "Every comparison's difference by every way of looking at it: variant minus baseline, with 95 % intervals."
-    rows = []
+    rows, metrics = [], {c.metric.axis for c in report.comparisons}
     for c in report.comparisons:
         for what, runs, absolute, interval, relative, relative_interval, p, judged in _ways(c):
-            rows.append({"variant": c.variant.name, "estimate": what, "runs": runs, f"change of {c.metric.axis}": _change(absolute, interval, c.metric.scale, c.metric.digits),
-                         "change (%)": _change(relative, relative_interval, 100, 1), "p": _p(p), "judged": "yes" if judged else ""})
+            measured = {f"change of {c.metric.axis}": _change(absolute, interval, c.metric.scale, c.metric.digits)}
+            if len(metrics) > 1: measured = {"metric": c.metric.axis, "change": next(iter(measured.values()))}
+            rows.append({"variant": c.variant.name, "estimate": what, "runs": runs} | measured | {
+                         "change (%)": _change(relative, relative_interval, 100, 1), "p": None if p is None else _p(p).replace(" ", NBSP), "judged": "yes" if judged else ""})
     return markdown(rows, right=2)
 
 def _change(value, interval, scale, least)->str|None:

@@ -109,7 +109,7 @@ def column_sizes(table:dict)->list[tuple[int,int]]:
     rows = [*head[1], *foot[1], *(row for body in bodies for row in body[2] + body[3])]
     cells = [[text(cell[4]).replace("\u200b", "\u200b ") for cell in row[1]] for row in rows]
     full = [row for row in cells if len(row) == len(columns)]
-    return [(max(map(len, column)), max(len(word) for cell in column for word in cell.split() or [""])) for column in zip(*full, strict=True)]
+    return [(max(map(len, column)), max(len(word) for cell in column for word in cell.split(" "))) for column in zip(*full, strict=True)]
 
 def column_widths(
     sizes:list,  # of the columns, see `column_sizes`

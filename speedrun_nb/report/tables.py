@@ -4,16 +4,19 @@
 
 # %% auto #0
 __all__ = ['NBSP', 'mean_and_spread', 'interval', 'runs_table', 'summary_table', 'comparison_table', 'signed', 'signed_interval',
-           'settings_table', 'hyperparameter_table', 'machine_table']
+           'change', 'costs_table', 'baseline_of', 'settings_table', 'hyperparameter_table', 'machine_table']
 
 # %% ../../nbs/report/02_tables.ipynb #cell-03
 import math
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 import pandas as pd
 
-from ..core.config import Metric, show_setting
+from ..core.config import Metric, one_of, show_setting
 from ..evidence.describe import describe
+from ..evidence.comparison import raw_answer
+from ..evidence.groups import Group
 from ..evidence.verdict import finer, p_value
 from .batch import cells, main_metrics, markdown
 from .study import StudyReport
@@ -74,10 +77,10 @@ def summary_table(report:StudyReport)->str:
 
 def comparison_table(report:StudyReport)->str:
     "A row a variant: the change from the baseline on the claim's metric (↓ lower, ↑ higher is better), how it was estimated, its test, the guard and the verdict."
-    rows = []
+    rows, several = [], len(report.baselines) > 1
     for c in report.comparisons:
         e = c.estimate
-        row = {"variant": c.variant.name, "verdict": c.verdict.outcome, "metric": f"{'↓' if c.metric.better == 'lower' else '↑'}{NBSP}{c.metric.axis.replace(' ', NBSP)}",
+        row = {"variant": c.variant.name} | ({"baseline": c.baseline.name} if several else {}) | {"verdict": c.verdict.outcome, "metric": f"{'↓' if c.metric.better == 'lower' else '↑'}{NBSP}{c.metric.axis if len(c.metric.axis) > 12 else c.metric.axis.replace(' ', NBSP)}",
                "by": "at equal quality" if e.method == "frontier" else "Welch" if e.method == "welch" else f"within {c.strata[0].kind}s" if e.method == "stratified" else "pairs",
                "change": signed(e.absolute, e.ci95, c.metric.scale, c.metric.digits), "change (%)": signed(e.relative, e.ci95_relative, 100, 1), "95 % interval (%)": signed_interval(e.ci95_relative, 100, 1),
                "p": _plain_p(e.p)}
@@ -85,7 +88,7 @@ def comparison_table(report:StudyReport)->str:
         rows.append(row | {"Hedges' g": f"{c.effect.hedges_g:+.2f}" if c.effect.hedges_g is not None and not c.stratified else None, "guard": c.guard.outcome if c.guard else None})
     return markdown(rows)
 
-def _plain_p(p)->str|None: return None if p is None else p_value(p).removeprefix("p ").removeprefix("= ")
+def _plain_p(p)->str|None: return None if p is None else p_value(p).removeprefix("p ").removeprefix("= ").replace(" ", NBSP)
 
 def _decimals(interval, scale, least)->int:
     "Decimals that suit an interval: two digits of its half-width."
@@ -99,43 +102,84 @@ def signed_interval(interval, scale, least)->str|None:
     "An interval of differences with signs."
     return " to ".join(signed(edge, interval, scale, least) for edge in interval) if interval and None not in interval else None
 
+def change(
+    baseline:Group,
+    group:Group,
+    metric:Metric,
+)->str|None:       # "−2.89 (−3.51 to −2.27)", in per cent; None where it is not known, or is the baseline itself
+    "The relative change of a metric from the baseline, with its 95 % interval where there is one."
+    if (baseline.variant, baseline.config_hash) == (group.variant, group.config_hash): return None
+    answer = raw_answer(baseline, group, metric)
+    known = answer.ci95_relative if answer.ci95_relative and None not in answer.ci95_relative else None
+    return None if answer.relative is None else signed(answer.relative, known, 100, 2) + (f" ({signed_interval(known, 100, 2)})".replace(" to ", f"{NBSP}to{NBSP}") if known else "")
+
+def costs_table(
+    report:StudyReport,
+    names:Sequence[str]=(),  # of metrics; none: all that cost something, but for the time that the summary shows
+)->str:
+    "A row a variant: what it cost, as mean ± standard deviation and as change from the baseline in per cent (Δ)."
+    metrics = [report.study.metrics[one_of(name, report.study.metrics, "metric")] for name in names] or [m for m in report.study.metrics.values() if not m.quality and m.name != "time_seconds"]
+    metrics, rows = [m for m in metrics if any(g.values(m.name).notna().any() for g in report.groups)], []
+    for group in report.groups:
+        baseline, row = baseline_of(report, group), {"variant": group.variant}
+        for m in metrics: row |= {m.axis: mean_and_spread(group.values(m.name), m), f"Δ {m.label} (%)": baseline and change(baseline, group, m)}
+        rows.append(row)
+    if all(row[name] is None for row in rows for name in row if name.startswith("Δ")): rows = [{name: value for name, value in row.items() if not name.startswith("Δ")} for row in rows]
+    return markdown(rows)
+
+def baseline_of(report:StudyReport, group:Group)->Group|None:
+    "The group that a group is compared with."
+    name = next((c.baseline.name for c in report.comparisons if c.variant.name == group.name), None)
+    return next((g for g in report.groups if g.name == name), None)
+
 # %% ../../nbs/report/02_tables.ipynb #cell-14
+def _baselines(report)->dict[str, dict]:
+    "The settings of every baseline, by the heading of its column."
+    found = {name: report.variants[name].flat for name in report.baselines if name in report.variants}
+    return {f"{name}" if len(found) > 1 else "baseline": flat for name, flat in found.items()} or {"baseline": next(iter(report.variants.values())).baseline}
+
+def _shown(baselines:dict[str, dict], name:str)->dict: return {heading: show_setting(flat[name]) if name in flat else None for heading, flat in baselines.items()}
+
 def settings_table(report:StudyReport)->str:
     "What the variants change: a row for each value that differs from the baseline's, among its neighbours that do not."
     if report.empty: return markdown([])
-    baseline, rows = _baseline(report), []
+    baselines, rows = _baselines(report), []
+    names = list(dict.fromkeys(name for flat in baselines.values() for name in flat))
     changed = {name for group in report.groups for name in report.variants[group.variant].changed}
-    shown = [name for name in baseline if name.partition(".")[0] in {c.partition(".")[0] for c in changed}]
+    shown = [name for name in names if name.partition(".")[0] in {c.partition(".")[0] for c in changed}]
     for name in shown:
         values = {}  # value -> variants that set it
         for group in report.groups:
             if name in (variant := report.variants[group.variant]).changed: values.setdefault(show_setting(variant.flat[name]), []).append(group.variant)
-        rows += [{"setting": name, "baseline": show_setting(baseline[name]), "changed?": "yes", "to": value, "by": ", ".join(by)} for value, by in values.items()] \
-            or [{"setting": name, "baseline": show_setting(baseline[name]), "changed?": "no"}]
-    rows.append({"setting": f"{len(baseline) - len(shown)} others", "changed?": "no"})
-    return markdown(rows, right=5)
+        start = {"setting": name} | _shown(baselines, name)
+        rows += [start | {"changed?": "yes", "to": value, "by": ", ".join(by)} for value, by in values.items()] or [start | {"changed?": "no"}]
+    rows.append({"setting": f"{len(names) - len(shown)} others", "changed?": "no"})
+    return markdown(rows, right=4 + len(baselines))
 
 def hyperparameter_table(report:StudyReport)->str:
     "Every setting of the baseline in this profile, and which variants change it."
     if report.empty: return markdown([])
-    rows = []
-    for name, value in _baseline(report).items():
+    baselines, rows = _baselines(report), []
+    for name in dict.fromkeys(name for flat in baselines.values() for name in flat):
         by = [group.variant for group in report.groups if name in report.variants[group.variant].changed]
-        rows.append({"setting": name, "baseline": show_setting(value), "changed?": ", ".join(by) or "no"})
-    return markdown(rows, right=3)
+        rows.append({"setting": name} | _shown(baselines, name) | {"changed?": ", ".join(by) or "no"})
+    return markdown(rows, right=2 + len(baselines))
 
-def _baseline(report)->dict: return next(iter(report.variants.values())).baseline
+# %% ../../nbs/report/02_tables.ipynb #cell-19
+def _gpus(provenance)->str:
+    "The GPUs of a batch: `8 × NVIDIA H100`."
+    counts = Counter(gpu.get("name", "") for gpu in provenance.get("gpus") or [])
+    return ", ".join(name if n == 1 else f"{n} × {name}" for name, n in counts.items())
 
-# %% ../../nbs/report/02_tables.ipynb #cell-17
 def machine_table(report:StudyReport)->str:
     "What the runs were made on and with; several values in a row mean that not all batches agree."
     def several(read): return ", ".join(sorted({str(value) for p in report.provenances.values() if (value := read(p))})) or None
     facts = {
-        "processor": several(lambda p: p.get("cpu")), "GPU": several(lambda p: ", ".join(gpu.get("name", "") for gpu in p.get("gpus") or [])),
+        "processor": several(lambda p: p.get("cpu")), "GPU": several(_gpus),
         "GPU driver": several(lambda p: ", ".join({gpu.get("driver_version", "") for gpu in p.get("gpus") or []})), "CUDA": several(lambda p: p.get("cuda")),
         "operating system": several(lambda p: p.get("os")), "Python": several(lambda p: p.get("python")),
         "PyTorch": several(lambda p: (p.get("packages") or {}).get("torch")), "number format": several(lambda p: p.get("precision")),
-        "threads": several(lambda p: p.get("threads")), "host": several(lambda p: p.get("host_id")),
+        "threads": several(lambda p: p.get("threads")), "processes": several(lambda p: p.get("ranks")), "host": several(lambda p: p.get("host_id")),
         "commit": several(lambda p: ((p.get("git") or {}).get("commit") or "")[:10] + (" with uncommitted changes" if (p.get("git") or {}).get("dirty") else "")),
         "exported package": several(lambda p: p.get("package_hash")), "data (sha256)": several(lambda p: ", ".join(f"{name} {digest[:10]}" for name, digest in (p.get("data") or {}).items())),
     }

@@ -8,7 +8,7 @@ __all__ = ['listed', 'how_to_run', 'scope', 'protocol', 'left_out', 'abstract', 
 
 # %% ../../nbs/report/04_words.ipynb #cell-03
 from ..core.config import Claim
-from ..evidence.verdict import count, p_value, paragraph
+from ..evidence.verdict import count, exactly, p_value, paragraph
 from .batch import main_metrics
 from .study import StudyReport
 from .tables import mean_and_spread
@@ -20,36 +20,47 @@ def listed(words:list[str], last:str="and")->str:
 
 def how_to_run(report:StudyReport)->str:
     "What to do when there are no runs."
-    return (f"There are no runs of {report.study.title} yet. `make report` makes some with a small network on embedded images; "
-            f"`speedrun run {report.study.name} -p variant baseline -p seeds 0:8` runs one variant. Then render this document again.")
+    title, name = report.study.title, report.study.name
+    if report.others: return f"No run of {title} in the profile {report.profile} has completed as its variant is defined now. {left_out(report)}"
+    if report.elsewhere:
+        known = listed([f"{profile} ({count(n)})" for profile, n in sorted(report.elsewhere.items())])
+        return f"There are no runs of {title} in the profile {report.profile}. There are runs in other profiles: {known}. `speedrun render --profile NAME` shows those."
+    return (f"There are no runs of {title} yet{f' in the profile {report.profile}' if report.profile else ''}. `make report` makes some, with a small network on embedded data; "
+            f"`speedrun run {name} -p variant baseline -p seeds 0:8` runs one variant. Then render this document again.")
+
+def _data(report)->str:
+    "What was trained on."
+    config = report.groups[0].config or {}
+    if "data.dataset" not in config: return "data that the logs do not name"
+    return report.study.data_words(config) if report.study.data_words else f"the data set {config['data.dataset']}"
 
 def scope(report:StudyReport)->str:
     "What was run: how many runs of what, where, on which data."
     if report.empty: return how_to_run(report)
     runs, hosts = sum(len(g.runs) for g in report.groups), report.frame["host_id"].nunique()
-    config = report.groups[0].config or {}
-    data = "embedded synthetic images" if report.notice else f"the data set {config['data.dataset']}, split {config['data.split']}" if "data.dataset" in config else "data that the logs do not name"
     pairs = {tuple(None if x != x else x for x in pair) for pair in zip(report.frame["device"], report.frame["precision"], strict=True)}
     devices = listed(sorted(f"{device.upper() if device in ('cpu', 'cuda') else device}{f' in {precision}' if precision else ''}" for device, precision in pairs if device))
-    text = f"{count(runs)} of {count(len(report.groups), 'variant')} count here, in the profile {report.profile}, on {data}, made on {count(hosts, 'machine') if hosts else 'machines that the logs do not name'} ({devices or 'device not recorded'})."
+    text = f"{count(runs)} of {count(len(report.groups), 'variant')} count here, in the profile {report.profile}, on {_data(report)}, made on {count(hosts, 'machine') if hosts else 'machines that the logs do not name'} ({devices or 'device not recorded'})."
     return f"{text} {report.notice}".strip()
 
 def protocol(report:StudyReport)->str:
     "How the runs were made: by this project's protocol, or elsewhere, by whatever their logs say."
     name, _, what = report.study.clock.partition(": ")
+    name = "the speedrun" if name == "speedrun" else name
     if report.profile != "published":
-        return (f"Time is measured by {name}'s clock: {what}; data loading, construction and the evaluation after each epoch are not counted. Every batch starts with an untimed warm-up that uses each shape once. "
-                "One integer seeds the initial weights, the order of the images, the mirrors and the crops, each by its own generator, so that runs of two variants with the same seed start alike. "
+        return (f"Time is measured by {name}'s clock: {what}. {report.study.protocol} "
                 "In a sweep the variants take turns, in randomised complete blocks, so that a machine that drifts does not favour one of them.")
     clocks = sorted({group.runs["clock"].iloc[0] for group in report.groups if group.runs["clock"].notna().any()})
-    return (f"These runs were made and published elsewhere, by code of their own. {name}'s clock counts {what}; their times are {listed([f'*{c}*' for c in clocks]) or 'by a clock that is not known'}. "
+    return (f"These runs were made and published elsewhere, by code of their own. The clock of {name} counts {what}; their times are {listed([f'*{c}*' for c in clocks]) or 'by a clock that is not known'}. "
             "What their logs do not show is not known, and what the logs hold against them is listed among the threats to validity.")
 
 def left_out(report:StudyReport)->str:
     "Runs that are not in the tables, and batches that did not end."
-    def why(group): return f"under other settings ({group.config_hash[:6]})" if group.variant in report.variants else f"which params/{report.study.name}/ no longer has"
+    def why(group):
+        if not len(group.runs): return "of which none completed" if group.failed + group.diverged > 1 else "which did not complete"
+        return f"under other settings ({group.config_hash[:6]})" if group.variant in report.variants else f"which params/{report.study.name}/ no longer has"
     parts = [f"{count(len(g.runs) + g.failed + g.diverged)} of {g.variant} {why(g)}" for g in report.others]
-    if report.profile == "published" and parts: parts = [f"runs of {listed([g.name for g in report.others])}, which are not compared with this baseline"]
+    if report.profile == "published" and parts: parts = [f"runs of {listed([g.name for g in report.others])}, which are not compared with {'this baseline' if len(report.baselines) < 2 else 'these baselines'}"]
     text = f"Not counted: {listed(parts)}. " if parts else ""
     if duplicates := sum(g.duplicates for g in report.groups): text += f"{count(duplicates)} with a seed and repeat already counted {'is' if duplicates == 1 else 'are'} left out. "
     return (text + " ".join(f"Note: {problem}." for problem in report.problems)).strip()
@@ -63,7 +74,7 @@ def abstract(report:StudyReport)->str:
     words = [f"{'no verdict on' if outcome == 'untrustworthy' else 'the claim of' if len(names) == 1 else 'the claims of'} {listed([f'`{v}`' for v in names])} "
              f"{'can be trusted' if outcome == 'untrustworthy' else f'is {outcome}' if len(names) == 1 else f'are {outcome}'}" for outcome, names in decided.items() if names]
     begin = "On these runs nothing is decided yet:" if len(decided["undecided"]) == len(report.comparisons) else "On these runs,"
-    return f"{scope(report)} {begin} {listed(words)}. {best(report)} {audited(report)}".strip()
+    return " ".join(part for part in (scope(report), begin, f"{listed(words)}.", best(report), audited(report)) if part)
 
 def best(report:StudyReport)->str:
     "The best of several variants, corrected for how many were looked at; empty where none is better."
@@ -96,17 +107,24 @@ def claim_sentence(claim:Claim|None, report:StudyReport)->str:
     if claim is None: return "No claim is made."
     metrics = report.study.metrics
     text = f"It {claim.direction}s {metrics[claim.metric].label} by at least {100 * claim.at_least:.6g} % of the baseline's"
-    if claim.guard: text += f", and does not make {metrics[claim.guard.metric].label} worse by more than {metrics[claim.guard.metric].show(claim.guard.margin, sign=True).lstrip('+')}"
+    if claim.guard: text += f", and does not make {metrics[claim.guard.metric].label} worse by more than {exactly(metrics[claim.guard.metric], claim.guard.margin)}"
     return text + "."
 
 def hypotheses(report:StudyReport)->str:
     "A list of the variants that were run, with their claims and sources, as Markdown."
     if report.empty: return how_to_run(report)
-    variants = [report.variants[g.variant] for g in report.groups if g.variant != "baseline"]
-    return "\n".join(f"- **`{v.name}`** ({v.title}). {claim_sentence(v.claim, report)} {v.source}" for v in variants) or "Only the baseline was run."
+    variants = [report.variants[g.variant] for g in report.groups if g.variant != "baseline" and g.name not in report.baselines]
+    return "\n".join(f"- **`{v.name}`**{f' ({v.title})' if v.title != v.name else ''}. {claim_sentence(v.claim, report)} {v.source}" for v in variants) or "Only the baseline was run."
 
-def headline_means(report:StudyReport)->str:
-    "Each group's time and quality in a sentence."
+def headline_means(report:StudyReport, most:int=7)->str:
+    "Each group's time and quality in a sentence; of more than `most` the baseline's, the fastest's and the best's."
+    if report.empty: return how_to_run(report)
     time, quality, _ = main_metrics(report.study)
-    return listed([f"`{g.variant}` took {mean_and_spread(g.values('time_seconds'), time)} {time.unit} and reached {mean_and_spread(g.values(quality.name), quality)} {quality.unit}"
-                   for g in report.groups]) + " (mean ± standard deviation)." if report.groups else how_to_run(report)
+    def means(g): return f"`{g.variant}` took {mean_and_spread(g.values('time_seconds'), time)} {time.unit} and reached {mean_and_spread(g.values(quality.name), quality)} {quality.unit}"
+    if len(report.groups) <= most: return f"{listed([means(g) for g in report.groups])} (mean ± standard deviation)."
+    def extreme(metric): return (min if metric.better == "lower" else max)((g for g in report.groups if g.values(metric.name).notna().any()), key=lambda g: g.values(metric.name).mean())
+    told = {"": report.groups[0], "the fastest, ": extreme(time), f"the one with the best {quality.label}, ": extreme(quality)}
+    roles = {}
+    for role, group in told.items(): roles.setdefault(group.variant, (group, []))[1].append(role)
+    text = listed([''.join(roles) + means(group) for group, roles in roles.values()])
+    return f"{text[:1].upper()}{text[1:]} (mean ± standard deviation)."

@@ -10,6 +10,7 @@ __all__ = ['project_root', 'from_root', 'Study', 'study_names', 'load_study', 'l
 # %% ../../nbs/core/01_project.ipynb #cell-03
 import configparser
 import importlib.util
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -102,6 +103,7 @@ def profile_names(study:Study)->list[str]:
 # %% ../../nbs/core/01_project.ipynb #cell-11
 def cuda_is_available()->bool:
     "Is there a CUDA device that torch can use? False without torch."
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asks the driver without initialising CUDA, which only those who train should
     try: import torch
     except ModuleNotFoundError: return False
     return torch.cuda.is_available()

@@ -87,4 +87,5 @@ def compile_network(
     _raise_limits(2 * lengths * (_kinds(network.blocks) if how == "blocks" else 1) + SLACK)
     if how == "model": return torch.compile(network, dynamic=False, backend=backend)
     for block in network.blocks: block.compile(dynamic=False, backend=backend)
+    network.read_out = torch.compile(network.read_out, dynamic=False, backend=backend)
     return network

@@ -144,6 +144,10 @@ class GPT(nn.Module):
         cos, sin = rotations(tokens.shape[1], self.model.width // self.model.heads, self.model.rope_base, tokens.device)
         for index, block in enumerate(self.blocks):
             if active is None or index in active: x = block(x, cos, sin)
+        return self.read_out(x, targets, chunk)
+
+    def read_out(self, x, targets, chunk):
+        "What the last block says as logits or as a loss; apart from the rest, so that it can be compiled by itself."
         x = rms_norm(x)
         if targets is None: return self.head(x).float()
         return linear_cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten(), chunk)

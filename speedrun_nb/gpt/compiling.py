@@ -7,6 +7,7 @@ __all__ = ['SLACK', 'CompileCounts', 'compile_network']
 
 # %% ../../nbs/gpt/10_compiling.ipynb #cell-02
 import logging
+import sys
 from collections.abc import Callable
 
 import torch
@@ -38,7 +39,9 @@ class CompileCounts:
 
     def _now(self)->tuple[int, int]:
         "Graphs and fallbacks of this process so far."
-        from torch._dynamo.utils import counters
+        utils = sys.modules.get("torch._dynamo.utils")  # takes seconds to load, and is there once something was compiled
+        if utils is None: return 0, 0
+        counters = utils.counters
         return counters["stats"]["unique_graphs"], len(_LIMITS.hits) + sum(counters["graph_break"].values())
 
     @property

@@ -8,7 +8,9 @@ __all__ = ['PATIENCE', 'count_gpus', 'count_processes', 'Child', 'train']
 # %% ../../nbs/gpt/14_launch.ipynb #cell-02
 import json
 import os
+import re
 import selectors
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,7 +24,7 @@ import torch
 from ..core.config import SpeedrunError, to_flat
 from ..core.project import project_root
 from ..core.records import Progress, Ready, Result
-from .processes import check_sizes
+from .processes import LOST, check_sizes
 from .settings import Settings
 from .train import ERROR
 
@@ -105,6 +107,7 @@ class Child:
                 *lines, rest = (rest + got).split(b"\n")
                 yield from lines
             self.log.write(f"\n{ERROR}nothing was heard of the processes for {patience:g} seconds; they were ended\n".encode())
+            self.process.stdin.close()
 
     def error(self)->str:
         "Why it ended, and the end of its log."
@@ -113,14 +116,20 @@ class Child:
         self.log.seek(0)
         lines = self.log.read().decode(errors="replace").splitlines()
         told = [line.removeprefix(ERROR) for line in lines if line.startswith(ERROR)]
-        own = [text for text in told if not text.startswith(("RuntimeError: [", "DistBackendError", "DistStoreError", "KeyboardInterrupt"))]  # what failed, before those who missed it
-        reason = (own or told or [f"a process ended without a word{_by_signal(lines)}: killed, or out of memory" if code else "the processes ended too early"])[0]
-        return "\n".join([reason, "The end of the log:", *("  " + line for line in lines[-20:])])
+        own = [text for text in told if not text.startswith((LOST, "DistBackendError", "DistStoreError", "KeyboardInterrupt"))]  # what failed, rather than who missed it
+        reason = (own or _by_signal(lines) or told or ["the processes ended without a word" if code else "the processes ended too early"])[0]
+        return "\n".join([reason, "The end of the log:", *("  " + line for line in _own_words(lines)[-20:])])
 
-def _by_signal(lines)->str:
-    "Which signal torchrun says ended a process."
-    found = [line for line in lines if "Signal " in line and "(SIG" in line]
-    return f" (signal {found[0].partition('(')[2].partition(')')[0]})" if found else ""
+_TORCHRUN = re.compile(r"[EW]\d{4} .*torch/distributed/elastic/")
+
+def _own_words(lines)->list[str]:
+    "The log up to what torchrun makes of the end of its processes."
+    return lines[:next((i for i, line in enumerate(lines) if _TORCHRUN.match(line)), len(lines))]
+
+def _by_signal(lines)->list[str]:
+    "Which signal ended the process that ended first, as torchrun says."
+    found = next((match for line in lines if (match := re.search(r"failed \(exitcode: -(\d+)\)", line))), None)
+    return [f"a process was ended by {signal.Signals(int(found[1])).name}: by hand, or for want of memory"] if found else []
 
 def _environment(world:int)->dict:
     "Of the processes: this package, and each its share of the cores."

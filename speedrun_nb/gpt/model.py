@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..core.config import SpeedrunError
 from .loss import linear_cross_entropy
 from .settings import Model
 
@@ -22,14 +23,13 @@ def rms_norm(x:torch.Tensor)->torch.Tensor:
     return F.rms_norm(x, (x.shape[-1],))
 
 def rotations(
-    length:int,          # positions
-    channels:int,        # of a head
-    base:float,          # of the wavelengths
-    device:torch.device,
-)->tuple:                # cosines and sines, (length, 1, channels / 2) bfloat16
+    length:int,    # positions
+    channels:int,  # of a head
+    base:float,    # of the wavelengths
+)->tuple:          # cosines and sines, (length, 1, channels / 2) bfloat16
     "The rotary embedding's rotations: position t turns pair j by t / base^(2j / channels)."
-    speeds = 1.0 / base ** (torch.arange(0, channels, 2, device=device).float() / channels)
-    angles = (torch.arange(length, device=device).float()[:, None] * speeds)[:, None]
+    speeds = 1.0 / base ** (torch.arange(0, channels, 2).float() / channels)
+    angles = (torch.arange(length).float()[:, None] * speeds)[:, None]
     return angles.cos().bfloat16(), angles.sin().bfloat16()
 
 def rotate(
@@ -127,11 +127,16 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     "Record 5's network (modded-nanogpt, 14 October 2024). Its weights are torch's defaults until `initialize`."
-    def __init__(self, model:Model):
+    def __init__(
+        self,
+        model:Model,
+        longest:int=1024,  # tokens of the longest sequence
+    ):
         super().__init__()
-        self.model = model
+        self.model, self.longest = model, longest
         self.head = nn.Linear(model.width, model.vocabulary, bias=False)  # the embedding too, which is why it starts as a linear layer does
         self.blocks = nn.ModuleList(Block(model, index) for index in range(model.layers))
+        for name, table in zip(("cos", "sin"), rotations(longest, model.width // model.heads, model.rope_base), strict=True): self.register_buffer(name, table, persistent=False)
 
     def forward(
         self,
@@ -140,8 +145,10 @@ class GPT(nn.Module):
         active:tuple[int, ...]|None=None,  # the blocks that run, by index; None: all
         chunk:int|None=None,               # see `linear_cross_entropy`
     )->torch.Tensor:                       # mean loss of a token, a float32 scalar; without targets logits, (n, length, vocabulary) float32
-        x = F.embedding(tokens, self.head.weight)
-        cos, sin = rotations(tokens.shape[1], self.model.width // self.model.heads, self.model.rope_base, tokens.device)
+        "Raises `SpeedrunError` for a sequence that is too long."
+        length = tokens.shape[1]
+        if length > self.longest: raise SpeedrunError(f"a sequence of {length} tokens is longer than the {self.longest} that the network was made for")
+        x, cos, sin = F.embedding(tokens, self.head.weight), self.cos[:length], self.sin[:length]
         for index, block in enumerate(self.blocks):
             if active is None or index in active: x = block(x, cos, sin)
         return self.read_out(x, targets, chunk)
@@ -176,7 +183,7 @@ def split_parameters(
     inner = list(network.blocks.parameters())
     return [network.head.weight], [p for p in inner if p.ndim == 2], [p for p in inner if p.ndim != 2]
 
-# %% ../../nbs/gpt/06_model.ipynb #cell-28
+# %% ../../nbs/gpt/06_model.ipynb #cell-29
 ORIGINAL_NAMES = {"transformer.wte.": "head.", "transformer.h.": "blocks.", ".attn.c_proj.": ".attention.output.", ".mlp.c_proj.": ".feed_forward.down.", ".mlp.c_fc.": ".feed_forward.up.",
                   ".attn.c_q.": ".attention.query.", ".attn.c_k.": ".attention.key.", ".attn.c_v.": ".attention.value.", ".attn.q_conv.": ".attention.query_conv.", ".attn.kv_conv.": ".attention.key_value_conv."}
 

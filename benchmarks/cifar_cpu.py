@@ -7,9 +7,10 @@ time, so that a machine that drifts treats both alike. The figure that counts is
 """
 import argparse
 import json
-import multiprocessing
 import statistics
 import time
+
+from turns import take_turns
 
 BATCH = 1024
 
@@ -53,26 +54,6 @@ def our_side(settings):
     return lambda images, labels: trainer.step(normalize(images, torch.float32), labels).item()
 
 
-def worker(make_side, pipe):
-    "Make a step whenever asked to; answer with its seconds, at last with the peak memory."
-    import torch
-
-    from speedrun_nb.core.clock import peak_memory, reset_peak_memory
-
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (BATCH, 32, 32, 3), dtype=torch.uint8, generator=generator)
-    labels = torch.randint(10, (BATCH,), generator=generator)
-    step = make_side(full_settings())
-    step(images, labels)  # warm-up
-    reset_peak_memory(torch.device("cpu"))
-    pipe.send("ready")
-    while pipe.recv() == "step":
-        start = time.perf_counter()
-        step(images, labels)
-        pipe.send(time.perf_counter() - start)
-    pipe.send(peak_memory(torch.device("cpu")))
-
-
 def full_settings():
     "The baseline at its published size."
     from speedrun_nb.core.project import load_study, resolve
@@ -80,22 +61,15 @@ def full_settings():
     return resolve(load_study("cifar"), "baseline", "full").settings
 
 
-def interleave(steps):
-    "Seconds by side, a step each in turn, and the peak memory of each process in bytes."
-    context, sides = multiprocessing.get_context("spawn"), {}
-    for name, make_side in (("plain", plain_side), ("ours", our_side)):
-        pipe, far = context.Pipe()
-        process = context.Process(target=worker, args=(make_side, far), daemon=True)
-        process.start()
-        assert pipe.recv() == "ready"  # one after the other: they must not compete while they warm up
-        sides[name] = pipe
-    seconds = {name: [] for name in sides}
-    for number in range(steps):
-        for name, pipe in list(sides.items())[:: 1 if number % 2 else -1]:
-            pipe.send("step")
-            seconds[name].append(pipe.recv())
-    for pipe in sides.values(): pipe.send("stop")
-    return seconds, {name: pipe.recv() for name, pipe in sides.items()}
+def make_step(make_side):
+    "A step of one side, on made-up images."
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (BATCH, 32, 32, 3), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(10, (BATCH,), generator=generator)
+    step = make_side(full_settings())
+    return lambda: step(images, labels)
 
 
 def augmentation_seconds(images=50_000, epochs=4):
@@ -118,7 +92,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=15, help="steps of each side")
     steps = parser.parse_args().steps
-    seconds, peaks = interleave(steps)
+    seconds, _, peaks = take_turns({"plain": (make_step, (plain_side,)), "ours": (make_step, (our_side,))}, steps, warm_up=1)
     plain, ours = (statistics.median(seconds[name]) for name in ("plain", "ours"))
     augmenting, epoch = augmentation_seconds(), ours * full_settings().steps_per_epoch
     print(json.dumps({

@@ -10,9 +10,10 @@ both alike. The figure that counts is the median of the ratios, step by step.
 """
 import argparse
 import json
-import multiprocessing
 import statistics
-import time
+
+from gpt_variants import made_up_trainer
+from turns import take_turns
 
 
 def reference_newton_schulz(gradient):
@@ -34,7 +35,7 @@ def plain_side(settings):
 
     from speedrun_nb.gpt.model import GPT, initialize, split_parameters
 
-    network = GPT(settings.model)
+    network = GPT(settings.model, settings.data.sequence_length)
     initialize(network, torch.Generator().manual_seed(0))
     table, matrices, others = split_parameters(network)
     adamw = torch.optim.AdamW(table + others, lr=settings.optimizer.lr, betas=(0.9, 0.95), weight_decay=0)
@@ -61,34 +62,14 @@ def plain_side(settings):
 
 def our_side(settings):
     "The step of speedrun_nb.gpt.train: its number format, chunked loss, accumulation and optimisers."
-    import torch
-
-    from speedrun_nb.core.device import cpu_has_bf16, keep_freed_memory
-    from speedrun_nb.gpt.model import GPT, initialize
-    from speedrun_nb.gpt.schedules import make_optimizers
-
-    keep_freed_memory()
-    network = GPT(settings.model)
-    initialize(network, torch.Generator().manual_seed(0))
-    optimizers, train = make_optimizers(network, settings), settings.train
-    bf16 = train.precision == "bf16" or (train.precision == "auto" and cpu_has_bf16())
-    parts = train.batch_size // train.device_batch_size
+    trainer = made_up_trainer(settings)
 
     def step(tokens, targets):
-        total = 0.0
-        for part in zip(tokens.split(train.device_batch_size), targets.split(train.device_batch_size), strict=True):
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                loss = network(*part, chunk=train.loss_chunk) / parts
-            loss.backward()
-            total += loss.item()
-        for optimizer in optimizers: optimizer.step()
-        network.zero_grad(set_to_none=True)
-        return total
+        loss = trainer.accumulate(tokens, targets)
+        trainer.update()
+        return loss.item()
 
     return step
-
-
-SIDES = {"plain": plain_side, "ours": our_side}
 
 
 def cpu_settings(overrides):
@@ -108,41 +89,11 @@ def batches(settings):
         yield tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
-def worker(name, overrides, pipe):
-    "Make a step whenever asked to; answer with its seconds and loss, at last with the peak memory."
-    import torch
-
-    from speedrun_nb.core.clock import peak_memory, reset_peak_memory
-
+def make_step(make_side, overrides):
+    "A step of one side, on its batches."
     settings = cpu_settings(overrides)
-    step, data = SIDES[name](settings), batches(settings)
-    for _ in range(2): step(*next(data))  # warm-up
-    reset_peak_memory(torch.device("cpu"))
-    pipe.send("ready")
-    while pipe.recv() == "step":
-        batch = next(data)
-        start = time.perf_counter()
-        loss = step(*batch)
-        pipe.send((time.perf_counter() - start, loss))
-    pipe.send(peak_memory(torch.device("cpu")))
-
-
-def interleave(steps, overrides, names=tuple(SIDES)):
-    "Seconds and losses by side, a step each in turn, and the peak memory of each process in bytes."
-    context, sides = multiprocessing.get_context("spawn"), {}
-    for name in names:
-        pipe, far = context.Pipe()
-        process = context.Process(target=worker, args=(name, overrides, far), daemon=True)
-        process.start()
-        assert pipe.recv() == "ready"  # one after the other: they must not compete while they warm up
-        sides[name] = pipe
-    results = {name: [] for name in sides}
-    for number in range(steps):
-        for name, pipe in list(sides.items())[:: 1 if number % 2 else -1]:
-            pipe.send("step")
-            results[name].append(pipe.recv())
-    for pipe in sides.values(): pipe.send("stop")
-    return results, {name: pipe.recv() for name, pipe in sides.items()}
+    step, data = make_side(settings), batches(settings)
+    return lambda: step(*next(data))
 
 
 def profile(overrides, steps=3):
@@ -150,11 +101,10 @@ def profile(overrides, steps=3):
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
-    settings = cpu_settings(overrides)
-    step, data = our_side(settings), batches(settings)
-    for _ in range(2): step(*next(data))
+    step = make_step(our_side, overrides)
+    for _ in range(2): step()
     with profiler(activities=[ProfilerActivity.CPU]) as recorded:
-        for _ in range(steps): step(*next(data))
+        for _ in range(steps): step()
     print(recorded.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=60))
 
 
@@ -166,9 +116,8 @@ def main():
     arguments = parser.parse_args()
     overrides = " ".join(arguments.overrides)
     if arguments.profile_ours: return profile(overrides)
-    results, peaks = interleave(arguments.steps, overrides)
+    seconds, losses, peaks = take_turns({name: (make_step, (side, overrides)) for name, side in (("plain", plain_side), ("ours", our_side))}, arguments.steps)
     settings = cpu_settings(overrides)
-    seconds = {name: [second for second, _ in result] for name, result in results.items()}
     ratios = sorted(p / o for p, o in zip(seconds["plain"], seconds["ours"], strict=True))
     tokens = settings.train.batch_size * settings.data.sequence_length
     print(json.dumps({
@@ -178,7 +127,7 @@ def main():
         "tokens_per_second": {name: round(tokens / statistics.median(values)) for name, values in seconds.items()},
         "times_faster": round(statistics.median(ratios), 2), "times_faster_step_by_step": [round(ratio, 2) for ratio in ratios],
         "peak_MiB": {name: peak >> 20 for name, peak in peaks.items() if peak},
-        "last_loss": {name: round(result[-1][1], 4) for name, result in results.items()},
+        "last_loss": {name: round(values[-1], 4) for name, values in losses.items()},
     }, indent=1))
 
 

@@ -18,7 +18,7 @@ from speedrun_nb.report.study import made_up_runs
 from speedrun_nb.sweep import execute
 from speedrun_nb.sweep.plan import read_sweep
 
-COMMANDS = ["doctor", "variants", "runs", "run", "sweep", "compare", "audit", "import", "plan", "render", "data"]
+COMMANDS = ["doctor", "variants", "runs", "run", "sweep", "compare", "audit", "import", "plan", "render", "data", "tokenize"]
 VARIANTS = ["baseline", "det_crop", "det_crop_backoff", "det_crop_then_random", "random_crop_backoff"]
 
 
@@ -73,7 +73,7 @@ def test_help_names_every_command(speedrun):
     ("doctor", ["--json"]), ("variants", ["--json", "--profile"]), ("runs", ["--json", "--outputs", "--profile"]), ("run", ["--parameter", "seeds", "overrides"]),
     ("sweep", ["--dry-run", "--outputs"]), ("compare", ["--json", "--metric", "--where", "--profile", "--outputs"]), ("audit", ["--json", "--profile", "--outputs"]),
     ("import", ["--study", "--variant", "--host", "--map", "--outputs", "--json"]), ("plan", ["--effect", "--power", "--margin", "--runs", "--price", "--figure", "--json"]), ("render", ["--engine", "--profile", "--outputs"]),
-    ("data", ["fetch", "check"]), ("data fetch", ["Download a data set"]), ("data check", ["--json"])])
+    ("data", ["fetch", "check"]), ("data fetch", ["Download a data set", "--shards"]), ("tokenize", ["--out", "--encoding", "--validation", "--processes"]), ("data check", ["--json"])])
 def test_help_of_a_command(speedrun, command, words):
     done = speedrun(*command.split(), "--help")
     assert done.code == 0 and [word for word in words if word not in done.out] == []

@@ -180,6 +180,20 @@ def test_nothing_outlives_a_parent_that_is_killed(tmp_path):
     assert wait_until(lambda: not processes_of(seed))
 
 
+def test_a_run_that_broke_off_is_resumed(tmp_path):
+    overrides = TINY | {"train.iterations": 400, "train.checkpoint_every": 20, "evaluation.every": 50, "train.cpu_processes": 1, "schedule.warmdown_iterations": 40}
+    plan = plan_batch(profile="demo", overrides=overrides, seeds=[910_007], outputs=tmp_path)
+    def kill(event):
+        if list(tmp_path.glob("gpt/.checkpoints/0/*.pt")):
+            for pid in ranks_of(910_007): os.kill(pid, signal.SIGKILL)
+    first = run_batch(plan, show=kill).records[0]
+    second = run_batch(plan_batch(profile="demo", overrides=overrides, seeds=[910_007], outputs=tmp_path)).records[0]
+    whole = result(train_seeds(plan.variant.settings, [910_007]))
+    assert first["status"] == "failed" and first["resumed_at"] is None and first["run_id"] == second["run_id"]
+    assert second["status"] == "completed" and second["resumed_at"] % 20 == 0 and second["resumed_at"] > 0 and not list(tmp_path.glob("gpt/.checkpoints/0/*"))
+    assert second["metrics"]["val_loss"] == whole.metrics["val_loss"] and second["tokens"] == whole.tokens and second["curve"]["step"] == whole.curve["step"]
+
+
 def test_an_interrupt_ends_everything_and_keeps_what_is_done(tmp_path):
     seed = 910_006
     words = ["-p", "profile", "demo", "-p", "overrides", json.dumps(LONG), "-p", "seeds", f"[{seed}]", "-p", "outputs", str(tmp_path)]

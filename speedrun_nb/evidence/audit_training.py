@@ -68,11 +68,13 @@ def find_jumps(
 
 # %% ../../nbs/evidence/14_audit_training.ipynb #cell-13
 _SCHEDULE = re.compile(r"epoch|step|iter|until|from|stage|curricul|warm|schedule|unfreeze|fraction|at$", re.I)
+_VARIES = re.compile(r"curriculum$|depth_warming$")  # change the work of a step somewhere within the run
 _CAUSES = re.compile(r"recompil|dynamo|fall.?back|eager|throttl|cache_size_limit|out of memory|graph break", re.I)
 
 def _scheduled(config, before:float, at:float, total:float)->str|None:
     "A setting that changes something between two steps."
     for name, value in (config if isinstance(config, Mapping) else {}).items():
+        if _VARIES.search(name) and (value is True or (isinstance(value, str) and value != "none")): return name
         if not _SCHEDULE.search(name) or "every" in name: continue
         for v in value if isinstance(value, (list, tuple)) else [value]:
             if type(v) in (int, float) and v < total and before < (v if v >= 1 else v * total) <= at: return name

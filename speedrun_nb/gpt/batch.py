@@ -27,6 +27,7 @@ def run_batch(
     **options,    # of `speedrun_nb.core.batch.run_batch`: show, command
 )->Batch:
     "Train every seed by torchrun and record it."
+    print(f"starting {count_processes(plan.variant.settings, plan.own['gpus'])} process(es); on GPUs they are first heard of when they have compiled, after some minutes", file=sys.stderr, flush=True)
     return batch.run_batch(plan, functools.partial(train, checkpoints=plan.outputs / "gpt" / ".checkpoints" / str(plan.repeat)), **options)
 
 if __name__ == "__main__" and globals().get("__spec__"):  # run with `python -m`, not as a notebook

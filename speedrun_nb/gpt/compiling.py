@@ -62,6 +62,11 @@ class CompileCounts:
 # %% ../../nbs/gpt/10_compiling.ipynb #cell-09
 SLACK = 4  # graphs beyond those expected: a last, smaller batch of the validation
 
+def _share_graphs()->None:
+    "Let modules of one kind share a graph, which torch does by itself from version 2.5 on."
+    from torch._dynamo import config
+    if getattr(config, "inline_inbuilt_nn_modules", True) is False: config.inline_inbuilt_nn_modules = True
+
 def _raise_limits(graphs:int)->None:
     "Let a function have so many graphs."
     from torch._dynamo import config
@@ -89,6 +94,7 @@ def compile_network(
     if backend == "inductor" and any(p.is_cuda for p in network.parameters()): _search_longer()
     _raise_limits(2 * lengths * (_kinds(network.blocks) if how == "blocks" else 1) + SLACK)
     if how == "model": return torch.compile(network, dynamic=False, backend=backend)
+    _share_graphs()
     for block in network.blocks: block.compile(dynamic=False, backend=backend)
     network.read_out = torch.compile(network.read_out, dynamic=False, backend=backend)
     return network

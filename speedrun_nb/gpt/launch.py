@@ -129,7 +129,10 @@ def _own_words(lines)->list[str]:
 def _by_signal(lines)->list[str]:
     "Which signal ended the process that ended first, as torchrun says."
     found = next((match for line in lines if (match := re.search(r"failed \(exitcode: -(\d+)\)", line))), None)
-    return [f"a process was ended by {signal.Signals(int(found[1])).name}: by hand, or for want of memory"] if found else []
+    if not found: return []
+    name = signal.Signals(int(found[1])).name
+    why = {"SIGABRT": "it gave up, on GPUs mostly because another process did not answer in time", "SIGSEGV": "it crashed"}.get(name, "by hand, or for want of memory")
+    return [f"a process was ended by {name}: {why}"]
 
 def _environment(world:int)->dict:
     "Of the processes: this package, and each its share of the cores."

@@ -43,6 +43,7 @@ def add_product_(
 )->None:
     "total += left @ right"
     if left.dtype == total.dtype: total.addmm_(left, right)
+    elif torch.compiler.is_compiling(): total.add_((left @ right).float())  # or torch 2.4 would compile one product of two dtypes
     else: total.add_(left @ right)
 
 def losses_and_gradients(

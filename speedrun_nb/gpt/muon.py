@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from ..core.config import SpeedrunError
-from ..core.device import cpu_has_bf16
+from ..core.device import has_bf16
 
 # %% ../../nbs/gpt/07_muon.ipynb #cell-05
 COEFFICIENTS = 3.4445, -4.7750, 2.0315
@@ -22,8 +22,8 @@ CPU_PART = 2**19  # elements: larger batches are up to a third slower
 def iteration_dtype(
     device:torch.device,
 )->torch.dtype:
-    "bfloat16 on a GPU, and on a CPU that multiplies it in hardware; float32 on others, where bfloat16 would be emulated."
-    return torch.bfloat16 if device.type != "cpu" or cpu_has_bf16() else torch.float32
+    "bfloat16 where the device multiplies it in hardware; float32 elsewhere, where it would be emulated."
+    return torch.bfloat16 if has_bf16(device) else torch.float32
 
 def _iterate(
     x:torch.Tensor, # (n, rows, cols) with rows <= cols, in the number format to compute in

@@ -168,6 +168,7 @@ class Settings:
         if schedule.warmup_iterations + schedule.warmdown_iterations > train.iterations:
             yield f"warm-up and warm-down ({schedule.warmup_iterations} + {schedule.warmdown_iterations}) are longer than training ({train.iterations} iterations)"
         if train.checkpoint_every and train.checkpoint_every >= train.iterations: yield f"train.checkpoint_every ({train.checkpoint_every}) cannot act: training has {train.iterations} iterations"
+        if schedule.depth_warming and train.compile == "model": yield "train.compile: model would compile every combination of blocks that schedule.depth_warming leaves; use auto, blocks or none"
         if schedule.depth_warming and self.model.layers < 4: yield f"schedule.depth_warming needs four model.layers or more, not {self.model.layers}"
         given = [getattr(schedule, f"curriculum_{name}") for name in ("lengths", "iterations", "thresholds", "window")]
         if schedule.curriculum == "none":
@@ -189,7 +190,7 @@ def notice(
 
 # %% ../../nbs/gpt/00_settings.ipynb #cell-25
 PROTOCOL = ("Every batch starts with an untimed warm-up that uses each shape once and compiles what is compiled. The first ten steps of a run and its validations are not counted either; they are in the time of the whole process. "
-            "One integer seeds the initial weights, the order of the data and which blocks are skipped, so that runs of two variants with the same seed start alike; however many processes there are, together they train on the same batches.")
+            "One integer seeds the initial weights, the order of the data and which blocks are skipped, so that runs of two variants with the same seed start alike; however many processes there are, together they train on the same batches. Gradients are averaged after the backward pass, not beside it.")
 
 def data_words(
     flat:Mapping,  # settings by dotted name; published logs do not show all

@@ -27,14 +27,14 @@ import torch
 from ..core.batch import read_seeds
 from ..core.clock import peak_memory, reset_peak_memory, synchronize
 from ..core.config import SpeedrunError, config_hash, to_flat
-from ..core.device import cpu_has_bf16, keep_freed_memory
+from ..core.device import has_bf16, keep_freed_memory
 from ..core.project import load_study, resolve
 from ..core.records import Progress, Ready, Result
 from .compiling import CompileCounts, compile_network
 from .loader import TokenStream, validation_batches
 from .model import GPT, initialize
 from .notes import UNTIMED_STEPS, Notes, StepClock
-from .processes import Processes, check_sizes, join_processes
+from .processes import Processes, check_sizes, exchange, join_processes
 from .schedules import Curriculum, DepthWarming, learning_rate_factor, make_optimizers, set_learning_rate_factor
 from .settings import Settings
 from .shards import Tokens, read_tokens
@@ -46,12 +46,12 @@ def choose_precision(
 )->str:                  # bf16 or fp32
     "The number format of matrix products."
     if wanted != "auto": return wanted
-    return "bf16" if device.type == "cuda" or cpu_has_bf16() else "fp32"
+    return "bf16" if has_bf16(device) else "fp32"
 
 def choose_compilation(settings:Settings, device:torch.device)->str:
     "none, model or blocks."
     if settings.train.compile != "auto": return settings.train.compile
-    if device.type != "cuda": return "none"
+    if device.type != "cuda" or not has_bf16(device): return "none"  # the compiler gives up where bfloat16 is emulated
     return "blocks" if settings.schedule.depth_warming else "model"
 
 # %% ../../nbs/gpt/13_train.ipynb #cell-07
@@ -70,13 +70,17 @@ class Bench:
         "The context in which the network computes."
         return torch.autocast(self.processes.device.type, torch.bfloat16) if self.precision == "bf16" else contextlib.nullcontext()
 
-def set_up(settings:Settings, processes:Processes)->Bench:
+def set_up(
+    settings:Settings,
+    processes:Processes,
+    tokens:Tokens|None=None, # the data; none: what the settings name is read
+)->Bench:
     "Read the data and build the network. Raises `SpeedrunError` for shards that are missing or damaged and sizes that do not divide."
     check_sizes(settings, processes.world)
     device = processes.device
     if device.type == "cpu": keep_freed_memory()
-    tokens = read_tokens(settings.data, settings.model.vocabulary)
-    network, how = GPT(settings.model).to(device), choose_compilation(settings, device)
+    tokens = tokens or read_tokens(settings.data, settings.model.vocabulary)
+    network, how = GPT(settings.model, settings.data.sequence_length).to(device), choose_compilation(settings, device)
     return Bench(settings, tokens, processes, choose_precision(settings.train.precision, device), how, network, compile_network(network, how))
 
 # %% ../../nbs/gpt/13_train.ipynb #cell-10
@@ -98,7 +102,7 @@ class Trainer:
         loss = self.accumulate(tokens, targets, self.depth.active(self.steps_done) if self.depth else None)
         self.processes.average_([loss, *(p.grad for p in self.network.parameters() if p.grad is not None)])
         self.update()
-        if self.settings.schedule.curriculum != "none": self.curriculum.update(loss.item())
+        if self.curriculum.stage < len(self.curriculum.lengths) - 1: self.curriculum.update(loss.item())  # waits for the device, so only while there is something to decide
         return loss
 
     def accumulate(
@@ -121,14 +125,15 @@ class Trainer:
         with self.bench.autocast(): return self.bench.forward(tokens, targets, active, self.settings.train.loss_chunk)
 
     def put(self, tokens:torch.Tensor)->torch.Tensor:
-        "Onto the device; on a GPU the copy runs beside what is computed."
+        "Onto the device, on a GPU without waiting for it."
         device = self.processes.device
         return tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens
 
     def update(self)->None:
         "Apply the gradients, with the learning rate of this step."
         set_learning_rate_factor(self.optimizers, learning_rate_factor(self.steps_done, self.settings))
-        for optimizer in self.optimizers: optimizer.step()
+        with exchange() if self.settings.optimizer.sharded else contextlib.nullcontext():
+            for optimizer in self.optimizers: optimizer.step()
         self.network.zero_grad(set_to_none=True)
         self.steps_done += 1
 
@@ -182,10 +187,10 @@ class Run:
         return loss
 
     def save(self)->None:
-        "Write a checkpoint."
+        "Write a checkpoint. All processes look at their losses, so that they go on looking at the same steps."
+        self.notes.look()
         if self.processes.rank: return
         trainer = self.trainer
-        self.notes.look()
         notes = self.notes.state() | {"seconds": self.notes.seconds | {"wall": self.wall}}
         state = dict(step=trainer.steps_done, network=trainer.network.state_dict(), optimizers=[o.state_dict() for o in trainer.optimizers],
                      stream=trainer.stream.state(), curriculum=trainer.curriculum.state(), notes=notes)
@@ -196,7 +201,7 @@ class Run:
 
     def load(self)->int:
         "Go on from the checkpoint. Returns its step. Raises `SpeedrunError` for a file that is none."
-        try: state = torch.load(self.path, map_location=self.processes.device, weights_only=True)
+        try: state = torch.load(self.path, map_location="cpu", weights_only=True)
         except Exception as error: raise SpeedrunError(f"{self.path} is no checkpoint that can be read ({type(error).__name__}); remove it to train from the start") from None
         trainer = self.trainer
         trainer.network.load_state_dict(state["network"])
@@ -208,7 +213,7 @@ class Run:
         return state["step"]
 
     def result(self, status:str, counts:CompileCounts)->Result:
-        "The run as it ended. The peak is that of the process that needed most."
+        "The run as it ended. The peak is that of the process that needed most, what was compiled that of the one that compiled most."
         notes, stream = self.notes, self.trainer.stream
         peak = self.processes.largest(peak_memory(self.processes.device) or 0) if self.measurable else None
         seconds = notes.seconds["training"] if notes.step_ms else None
@@ -217,7 +222,7 @@ class Run:
         if self.path and self.processes.rank == 0: self.path.unlink(missing_ok=True)
         return Result(self.seed, status, seconds, metrics, notes.curve, notes.first_losses, int(peak) if peak else None,
                       {name: notes.seconds[name] for name in ("training", "validation")}, tokens=dict(trained=stream.tokens_trained, unique=stream.tokens_unique),
-                      compiled=dict(how=self.bench.compilation, graphs=counts.graphs, recompiles=counts.recompiles, fallbacks=counts.fallbacks), resumed_at=self.resumed_at)
+                      compiled={"how": self.bench.compilation} | {name: int(self.processes.largest(getattr(counts, name))) for name in ("graphs", "recompiles", "fallbacks")}, resumed_at=self.resumed_at)
 
 # %% ../../nbs/gpt/13_train.ipynb #cell-16
 LOOK_EVERY = 25       # steps after which losses are looked at
@@ -294,7 +299,7 @@ ERROR = "speedrun error: "  # begins the line in which a process says why it fai
 def explain(error:BaseException)->str:
     "What went wrong, in words for the user."
     if isinstance(error, SpeedrunError): return str(error)
-    if isinstance(error, torch.cuda.OutOfMemoryError): return f"out of GPU memory; a smaller train.device_batch_size needs less ({str(error).splitlines()[0]})"
+    if isinstance(error, RuntimeError) and "out of memory" in str(error): return f"out of GPU memory; a smaller train.device_batch_size needs less ({str(error).splitlines()[0]})"
     if isinstance(error, MemoryError): return "out of memory; a smaller train.device_batch_size, or a train.loss_chunk, needs less"
     return f"{type(error).__name__}: {error}".strip()
 

@@ -106,8 +106,11 @@ def doctor(as_json:JSON=False):
 def variants(study:Annotated[str | None, typer.Argument(help="Name of a study; all by default.", show_default=False)]=None,
              profile:Annotated[str, typer.Option(help="At which size: demo, cpu, full, or auto.")]="auto", as_json:JSON=False):
     "List the variants: what each changes and what it claims. A new one is a YAML file in params/STUDY/."
-    from speedrun_nb.core.project import load_study, resolve_all, study_names
-    found = [variant for name in ([study] if study else study_names()) for variant in resolve_all(load_study(name), profile).values()]
+    from speedrun_nb.core.config import one_of
+    from speedrun_nb.core.project import load_study, profile_names, resolve_all, study_names
+    profiles = {name: ["auto", *profile_names(load_study(name))] for name in ([study] if study else study_names())}
+    one_of(profile, dict.fromkeys(known for names in profiles.values() for known in names), "profile")
+    found = [variant for name, names in profiles.items() if profile in names for variant in resolve_all(load_study(name), profile).values()]
     if not found and not as_json:
         print(f"{study} has no variants in params/ yet; runs published elsewhere can be imported, compared and audited")
         return

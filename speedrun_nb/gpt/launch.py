@@ -127,10 +127,10 @@ def _own_words(lines)->list[str]:
     return lines[:next((i for i, line in enumerate(lines) if _TORCHRUN.match(line)), len(lines))]
 
 def _by_signal(lines)->list[str]:
-    "Which signal ended the process that ended first, as torchrun says."
-    found = next((match for line in lines if (match := re.search(r"failed \(exitcode: -(\d+)\)", line))), None)
+    "Which signal ended a process, as torchrun says, other than the SIGTERM by which it ends the rest itself."
+    found = [int(number) for line in lines for number in re.findall(r"exitcode *: *-(\d+)", line) if int(number) != signal.SIGTERM]
     if not found: return []
-    name = signal.Signals(int(found[1])).name
+    name = signal.Signals(found[0]).name
     why = {"SIGABRT": "it gave up, on GPUs mostly because another process did not answer in time", "SIGSEGV": "it crashed"}.get(name, "by hand, or for want of memory")
     return [f"a process was ended by {name}: {why}"]
 

@@ -76,30 +76,30 @@ def check_file(
     return found
 
 # %% ../../nbs/core/05_data.ipynb #cell-10
-def cache_folder(dataset:DataSet|HubDataSet)->Path:
+def cache_folder(name:str)->Path:  # of the data set
     "Where downloads of a data set are kept."
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its progress bar misses widgets in a notebook, which is of no use to anyone here
         try: import pooch
-        except ModuleNotFoundError: return Path.home() / ".cache" / "speedrun_nb" / dataset.name
-    return pooch.os_cache("speedrun_nb") / dataset.name
+        except ModuleNotFoundError: return Path.home() / ".cache" / "speedrun_nb" / name
+    return pooch.os_cache("speedrun_nb") / name
 
-def data_folders(dataset:DataSet|HubDataSet)->list[Path]:
+def data_folders(name:str)->list[Path]:  # of the data set
     "Where files of a data set are looked for, in this order."
     given = os.environ.get("SPEEDRUN_DATA")
-    return ([Path(given) / dataset.name] if given else []) + [cache_folder(dataset)]
+    return ([Path(given) / name] if given else []) + [cache_folder(name)]
 
 def _place(dataset, name)->Path|None:
     "The first folder that has the file."
-    return next((folder for folder in data_folders(dataset) if (folder / name).exists()), None)
+    return next((folder for folder in data_folders(dataset.name) if (folder / name).exists()), None)
 
 def find_file(
     dataset:DataSet,
     name:str,           # of the file
 )->tuple[Path, str]:    # the file, and its sha256
     "A checked file. Raises `SpeedrunError` naming the places looked at and the remedy."
-    folders = data_folders(dataset)
-    remedy = f"`speedrun data fetch {dataset.name}` downloads it into {cache_folder(dataset)}; or put it into the folder that SPEEDRUN_DATA names, as {dataset.name}/{name}."
+    folders = data_folders(dataset.name)
+    remedy = f"`speedrun data fetch {dataset.name}` downloads it into {cache_folder(dataset.name)}; or put it into the folder that SPEEDRUN_DATA names, as {dataset.name}/{name}."
     path = next((folder / name for folder in folders if (folder / name).exists()), folders[0] / name)
     if not path.exists() and "SPEEDRUN_DATA" not in os.environ: fetch(dataset)
     return path, check_file(path, dataset[name], remedy)
@@ -116,7 +116,7 @@ def fetch(
     return _fetch_archive(dataset)
 
 def _fetch_archive(dataset:DataSet)->Path:
-    folder = cache_folder(dataset)
+    folder = cache_folder(dataset.name)
     if all(_is_right(folder / file.name, file) for file in dataset.files): return folder
     try: import pooch
     except ModuleNotFoundError: raise SpeedrunError("downloading needs the package pooch: pip install pooch") from None
@@ -182,7 +182,7 @@ def _trouble(dataset:HubDataSet, path:Path)->str:
 def _fetch_shards(dataset:HubDataSet, shards:int|None, say:Callable)->Path:
     if shards is None: say(f"{dataset.default} of {dataset.count} shards; --shards N fetches another number. {dataset.advice}")
     elif not 1 <= shards <= dataset.count: raise SpeedrunError(f"--shards {shards}: {dataset.name} has 1 to {dataset.count}. {dataset.advice}")
-    folder = cache_folder(dataset)
+    folder = cache_folder(dataset.name)
     folder.mkdir(parents=True, exist_ok=True)
     names = dataset.file_names(dataset.default if shards is None else shards)
     missing = [name for name in names if _trouble(dataset, folder / name)]
@@ -250,7 +250,7 @@ def check(dataset:DataSet|HubDataSet)->list[dict]:
 
 def _expected(dataset:HubDataSet)->list[str]:
     "The files that are always needed, and the shards up to the last that is or was there."
-    noted = {name for folder in data_folders(dataset) for name in read_hashes(folder)}
+    noted = {name for folder in data_folders(dataset.name) for name in read_hashes(folder)}
     names = dataset.file_names(dataset.count)
     last = max((i for i, name in enumerate(names) if name in noted or _place(dataset, name)), default=0)
     return names[:max(last, len(dataset.fixed)) + 1]
@@ -265,7 +265,7 @@ def _check_shard(dataset:HubDataSet, name:str)->dict:
 def find_folder(dataset:DataSet|HubDataSet)->str:
     "In words: which files there are, unchecked."
     if isinstance(dataset, HubDataSet): return _find_shards(dataset)
-    found = {file.name: folder for file in dataset.files for folder in data_folders(dataset) if (folder / file.name).exists()}
+    found = {file.name: folder for file in dataset.files for folder in data_folders(dataset.name) if (folder / file.name).exists()}
     missing = [file.name for file in dataset.files if file.name not in found]
     where = ", ".join(sorted({str(folder) for folder in found.values()}))
     if not missing: return f"complete in {where}"

@@ -7,7 +7,6 @@ __all__ = ['Samples', 'CHUNK', 'BUDGET', 'FEWEST', 'cohens_d', 'hedges_g', 'effe
            'effect', 'clean_strata', 'stratum_weights', 'affordable', 'in_chunks', 'bca_interval']
 
 # %% ../../nbs/evidence/03_effect.ipynb #cell-02
-import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import numpy as np
 from scipy import optimize, special, stats
 
 from ..core.config import one_of
+from ..core.provenance import cpu_cores
 from .describe import finite, spread
 from .tests import LEVEL, welch
 
@@ -153,8 +153,7 @@ def in_chunks(
     rows = [min(size, draws - start) for start in range(0, draws, size)]
     generators = np.random.default_rng(seed).spawn(len(rows))
     if len(rows) == 1: return draw(generators[0], draws)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with ThreadPoolExecutor(min(threads or cores, len(rows))) as pool: return np.concatenate(list(pool.map(draw, generators, rows)))
+    with ThreadPoolExecutor(min(threads or cpu_cores(), len(rows))) as pool: return np.concatenate(list(pool.map(draw, generators, rows)))
 
 # %% ../../nbs/evidence/03_effect.ipynb #cell-34
 def _acceleration(

@@ -23,6 +23,7 @@ import torch
 
 from ..core.config import SpeedrunError, to_flat
 from ..core.project import project_root
+from ..core.provenance import cpu_cores
 from ..core.records import Progress, Ready, Result
 from .processes import LOST, check_sizes
 from .settings import Settings
@@ -127,8 +128,9 @@ def _own_words(lines)->list[str]:
     return lines[:next((i for i, line in enumerate(lines) if _TORCHRUN.match(line)), len(lines))]
 
 def _by_signal(lines)->list[str]:
-    "Which signal ended a process, as torchrun says, other than the SIGTERM by which it ends the rest itself."
-    found = [int(number) for line in lines for number in re.findall(r"exitcode *: *-(\d+)", line) if int(number) != signal.SIGTERM]
+    "Which signal ended a process, as torchrun says, other than those by which it ends the rest itself: SIGTERM, and SIGKILL where that did not help."
+    its_own = {signal.SIGTERM, signal.SIGKILL} if any("forcefully exiting via" in line for line in lines) else {signal.SIGTERM}
+    found = [int(number) for line in lines for number in re.findall(r"exitcode *: *-(\d+)", line) if int(number) not in its_own]
     if not found: return []
     name = signal.Signals(found[0]).name
     why = {"SIGABRT": "it gave up, on GPUs mostly because another process did not answer in time", "SIGSEGV": "it crashed"}.get(name, "by hand, or for want of memory")
@@ -136,10 +138,9 @@ def _by_signal(lines)->list[str]:
 
 def _environment(world:int)->dict:
     "Of the processes: this package, and each its share of the cores."
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     package = str(Path(__file__).resolve().parents[2]) if "__file__" in globals() else str(project_root())
     path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {"OMP_NUM_THREADS": str(max(1, cores // world))} | os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    return {"OMP_NUM_THREADS": str(max(1, cpu_cores() // world))} | os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
 
 # %% ../../nbs/gpt/14_launch.ipynb #cell-10
 def train(

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core.config import SpeedrunError
-from ..core.data import DataSet, cache_folder, data_folders
+from ..core.data import cache_folder, data_folders
 from ..core.records import write_json
 from .settings import Data
 from .text import embedded_tokens
@@ -161,15 +161,13 @@ def numbered_shards(
     return sorted((int(match[1]), Path(folder) / match[0]) for match in matches if match)
 
 # %% ../../nbs/gpt/01_shards.ipynb #cell-17
-def _named(name:str)->DataSet: return DataSet(name, (), "", "", "")  # enough to look for its folders
-
 def find_shards(
     data:Data,
     which:str,     # "train" or "validation"
 )->list[Path]:     # by number; for training the first data.train_shards
     "The shards to use. Raises `SpeedrunError` naming the folders looked at and the remedies."
     name, wanted = getattr(data, which), data.train_shards if which == "train" else None
-    folders = data_folders(_named(data.dataset))
+    folders = data_folders(data.dataset)
     folder = next((folder for folder in folders if numbered_shards(folder, name)), None)
     remedies = "`speedrun data fetch fineweb --shards 9` fetches FineWeb's, `speedrun tokenize FILES --out DIR` makes them from text"
     if folder is None:
@@ -196,7 +194,7 @@ def inspect_shard(
     "Read the whole shard, unless that was done since it last changed."
     stat = path.stat()
     file = [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino]
-    memory = cache_folder(_named("hashes")) / f"{hashlib.sha256(file[0].encode()).hexdigest()[:16]}.json"
+    memory = cache_folder("hashes") / f"{hashlib.sha256(file[0].encode()).hexdigest()[:16]}.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         known = json.loads(memory.read_text())
         if known["file"] == file: return known["sha256"], known["largest"]

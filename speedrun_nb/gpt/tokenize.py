@@ -15,7 +15,6 @@ import gzip
 import hashlib
 import json
 import multiprocessing
-import os
 import re
 import signal
 import zlib
@@ -31,6 +30,7 @@ import speedrun_nb
 from ..core.config import SpeedrunError, one_of
 from ..core.data import file_sha256
 from ..core.project import load_study, resolve
+from ..core.provenance import cpu_cores
 from ..core.records import write_json
 from .settings import _NAME
 from .shards import ShardWriter, inspect_shard, numbered_shards
@@ -263,7 +263,7 @@ def tokenize(
     _check_names(out, name)
     for path in files: _check_source(path, files, column)
     size, loaded = sum(path.stat().st_size for path in files), load_encoding(encoding)
-    processes = processes or (1 if size < 2**24 else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    processes = processes or (1 if size < 2**24 else cpu_cores())
     counts = [{"file": str(path), "bytes": path.stat().st_size, "sha256": file_sha256(path), "documents": 0, "empty": 0} for path in files]
     with _bar(size, progress) as tell, contextlib.ExitStack() as stack:
         writers = [stack.enter_context(ShardWriter(out, f"{name}_{which}", shard_tokens, first)) for which, first in (("train", 1), ("val", 0))]

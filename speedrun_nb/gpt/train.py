@@ -9,7 +9,6 @@ __all__ = ['LOOK_EVERY', 'REPORT_SECONDS', 'ERROR', 'choose_precision', 'choose_
 # %% ../../nbs/gpt/13_train.ipynb #cell-02
 import argparse
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -27,7 +26,7 @@ import torch
 from ..core.batch import read_seeds
 from ..core.clock import peak_memory, reset_peak_memory, synchronize
 from ..core.config import SpeedrunError, config_hash, to_flat
-from ..core.device import has_bf16, keep_freed_memory
+from ..core.device import autocast, has_bf16, keep_freed_memory, seeded_generator
 from ..core.project import load_study, resolve
 from ..core.records import Progress, Ready, Result
 from .compiling import CompileCounts, compile_network
@@ -66,10 +65,6 @@ class Bench:
     network:GPT
     forward:Callable       # the network, compiled
 
-    def autocast(self):
-        "The context in which the network computes."
-        return torch.autocast(self.processes.device.type, torch.bfloat16) if self.precision == "bf16" else contextlib.nullcontext()
-
 def set_up(
     settings:Settings,
     processes:Processes,
@@ -89,7 +84,7 @@ class Trainer:
     def __init__(self, bench:Bench, seed:int):
         settings, processes = bench.settings, bench.processes
         self.bench, self.settings, self.processes, self.network, self.steps_done = bench, settings, processes, bench.network, 0
-        initialize(self.network, torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{seed}:init".encode()).digest()[:7], "little")))
+        initialize(self.network, seeded_generator(seed, "init"))
         self.network.zero_grad(set_to_none=True)
         self.optimizers = make_optimizers(self.network, settings, processes.rank, processes.world)
         self.stream = TokenStream(bench.tokens.train, seed, processes.rank, processes.world)
@@ -122,7 +117,7 @@ class Trainer:
         return total
 
     def loss(self, tokens, targets, active=None)->torch.Tensor:
-        with self.bench.autocast(): return self.bench.forward(tokens, targets, active, self.settings.train.loss_chunk)
+        with autocast(self.bench.precision, self.processes.device): return self.bench.forward(tokens, targets, active, self.settings.train.loss_chunk)
 
     def put(self, tokens:torch.Tensor)->torch.Tensor:
         "Onto the device, on a GPU without waiting for it."

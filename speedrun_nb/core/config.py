@@ -48,7 +48,7 @@ def one_of(
     raise SpeedrunError(f'there is no {what} "{word}".{nearest(word, choices)} Known: {", ".join(choices) or "none"}.')
 
 # %% ../../nbs/core/00_config.ipynb #cell-08
-class _CoreSchemaLoader(yaml.SafeLoader):
+class _CoreSchemaLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # libyaml, several times faster, is in nearly every PyYAML
     "YAML 1.2 scalars; duplicate keys refused."
 
     def construct_mapping(self, node, deep=False):

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -85,9 +86,10 @@ def append_record(
     path:Path,       # runs.jsonl
     record:Mapping,
 )->None:
-    "Append one line, flushed and synced to the disk."
+    "Append one line, flushed and synced to the disk. A line that was cut off before it is ended first."
     line = json.dumps(finite(record), allow_nan=False, ensure_ascii=False) + "\n"
-    with open(path, "ab") as file:
+    with open(path, "ab+") as file:
+        if file.tell() and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n": line = "\n" + line
         file.write(line.encode())
         file.flush()
         os.fsync(file.fileno())
@@ -97,12 +99,16 @@ def write_json(
     data:Mapping,
 )->None:
     "Write a whole file under a temporary name, then rename it."
-    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(part, "w", encoding="utf-8") as file:
-        json.dump(finite(data), file, indent=1, allow_nan=False, ensure_ascii=False)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # no process number: those of other machines may be the same
+    try:
+        with open(part, "w", encoding="utf-8") as file:
+            json.dump(finite(data), file, indent=1, allow_nan=False, ensure_ascii=False)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 # %% ../../nbs/core/02_records.ipynb #cell-12
 def parse_line(
@@ -126,7 +132,7 @@ def read_records(
     return records, problems
 
 # %% ../../nbs/core/02_records.ipynb #cell-15
-FIELDS = ("schema run_id study profile variant config config_hash seed repeat batch block order host_id device precision threads ranks package_hash "
+FIELDS = ("schema run_id study profile variant config config_hash seed repeat batch sweep block order host_id device precision threads ranks package_hash "
           "status error started_at ended_at time_seconds tokens compiled resumed_at regions clock peak_memory_bytes fingerprint curve").split()
 
 def read_runs(

@@ -1,5 +1,4 @@
 "The `speedrun` command: every subcommand, its help, its JSON, its exit codes, and what it says when something is wrong."
-import functools
 import json
 import re
 import shutil
@@ -15,10 +14,10 @@ from speedrun_nb.core.batch import plan_batch, run_batch
 from speedrun_nb.core.config import SpeedrunError
 from speedrun_nb.core.records import FIELDS, Ready, Result, append_record
 from speedrun_nb.report.study import made_up_runs
-from speedrun_nb.sweep import execute
-from speedrun_nb.sweep.plan import read_sweep
+from speedrun_nb.sweep.file import promoted_file, read_stage, read_sweep
+from speedrun_nb.sweep.local import Slot
 
-COMMANDS = ["doctor", "variants", "runs", "run", "sweep", "compare", "audit", "import", "plan", "render", "data", "tokenize"]
+COMMANDS = ["doctor", "variants", "runs", "run", "sweep", "promote", "ledger", "compare", "audit", "import", "plan", "render", "data", "tokenize"]
 VARIANTS = ["baseline", "det_crop", "det_crop_backoff", "det_crop_then_random", "random_crop_backoff"]
 
 
@@ -71,7 +70,7 @@ def test_help_names_every_command(speedrun):
 
 @pytest.mark.parametrize("command, words", [
     ("doctor", ["--json"]), ("variants", ["--json", "--profile"]), ("runs", ["--json", "--outputs", "--profile"]), ("run", ["--parameter", "seeds", "overrides"]),
-    ("sweep", ["--dry-run", "--outputs"]), ("compare", ["--json", "--metric", "--where", "--profile", "--outputs"]), ("audit", ["--json", "--profile", "--outputs"]),
+    ("sweep run", ["--dry-run", "--watch-budget", "--engine", "--address", "--outputs"]), ("sweep status", ["--json", "--outputs"]), ("promote", ["--json", "--outputs"]), ("ledger", ["--json", "--price", "--outputs"]), ("compare", ["--json", "--metric", "--where", "--profile", "--outputs"]), ("audit", ["--json", "--profile", "--outputs"]),
     ("import", ["--study", "--variant", "--host", "--map", "--outputs", "--json"]), ("plan", ["--effect", "--power", "--margin", "--runs", "--price", "--figure", "--json"]), ("render", ["--engine", "--profile", "--outputs"]),
     ("data", ["fetch", "check"]), ("data fetch", ["Download a data set", "--shards"]), ("tokenize", ["--out", "--encoding", "--validation", "--processes"]), ("data check", ["--json"])])
 def test_help_of_a_command(speedrun, command, words):
@@ -376,19 +375,27 @@ def sweep_file(tmp_path):
     return path
 
 
+class Asked(list):
+    "An engine that notes what it is asked to run and trains nothing; a batch whose variant is in `broken` fails."
+    broken, slots = (), [Slot("here", "here")]
+
+    def free(self): return self.slots
+
+    def start(self, slot, job): self.append(job["parameters"])
+
+    def wait(self, seconds):
+        if self[-1]["variant"] in self.broken: return [(self.slots[0], "no memory", False)]
+        run_batch(plan_batch("cifar", **self[-1]), stub_train)
+        return [(self.slots[0], None, False)]
+
+    def close(self): pass
+
+
 @pytest.fixture
 def asked(monkeypatch):
-    "What the `sweep` command asks to run; nothing is trained, and a batch whose variant is in `asked.broken` fails."
-    class Asked(list): broken = ()
-    asked = Asked()
-
-    def run(study, parameters, echo):
-        asked.append(parameters)
-        if parameters["variant"] in asked.broken: raise SpeedrunError("no memory")
-        run_batch(plan_batch(study, **parameters), stub_train)
-
-    monkeypatch.setattr(execute, "run_sweep", functools.partial(execute.run_sweep, run=run))
-    return asked
+    engine = Asked()
+    monkeypatch.setattr("speedrun_nb.sweep_commands._engine", lambda *given: engine)
+    return engine
 
 
 def test_dry_run_alternates(speedrun, sweep_file, tmp_path, asked):
@@ -403,13 +410,17 @@ def test_a_sweep_runs_what_is_missing(speedrun, sweep_file, tmp_path, asked):
     outputs = tmp_path / "outputs"
     asked.broken = ("det_crop",)
     first = speedrun("sweep", sweep_file, "--outputs", outputs)
-    assert first.code == 1 and len(asked) == 6 and "2 batch(es) failed" in first.err and "det_crop seeds 2,3: no memory" in first.err  # the others ran
+    assert first.code == 1 and len(asked) == 8 and "4 run(s) failed" in first.err and "det_crop seeds 2: no memory" in first.err  # tried twice, and the others ran
+    status = {row["condition"]: row for row in strict_json(speedrun("sweep", "status", sweep_file, "--json", "--outputs", outputs).out)}
+    assert [status[name]["left"] for name in ("baseline", "det_crop")] == [0, 4] and "95 % interval" in status["det_crop_backoff"]
     asked.broken = ()
-    assert speedrun("sweep", sweep_file, "--outputs", outputs).code == 0 and [p["variant"] for p in asked[6:]] == ["det_crop"] * 2
+    assert speedrun("sweep", sweep_file, "--outputs", outputs).code == 0 and [p["variant"] for p in asked[8:]] == ["det_crop"] * 2
     last = speedrun("sweep", sweep_file, "--outputs", outputs)
-    assert last.code == 0 and len(asked) == 8 and "0 of 6 batches to run" in last.out
+    assert last.code == 0 and len(asked) == 10 and "12 of 12 runs done" in last.out
+    plan, = strict_json(speedrun("sweep", "status", "--json", "--outputs", outputs).out)
+    assert (plan["planned"], plan["done"], plan["left"]) == (12, 12, 0) and plan["plan"].startswith("small-")
     rows = strict_json(speedrun("runs", "--json", "--outputs", outputs).out)
-    assert len(rows) == 12 and sorted(row["order"] for row in rows) == list(range(12)) and {row["block"] for row in rows} == {0, 1}
+    assert {row["sweep"] for row in rows} == {plan["plan"]} and len(rows) == 12 and sorted(row["order"] for row in rows) == list(range(12)) and {row["block"] for row in rows} == {0, 1}
     assert "nothing yet" in speedrun("sweep", sweep_file, "--dry-run", "--outputs", outputs).out
 
 
@@ -421,8 +432,8 @@ def test_a_sweep_completes_a_batch_that_was_cut_off(speedrun, sweep_file, tmp_pa
 
 @pytest.mark.parametrize("change, expected", [
     (("det_crop,", "det_corp,"), 'Did you mean "det_crop"?'), (("profile: demo", "profile: dmeo"), 'Did you mean "demo"?'), (("study: cifar", "study: cifra"), 'Did you mean "cifar"?'),
-    (('"0:4"', '"4:0"'), "seeds: '4:0' is not valid"), (("order_seed", "order_sede"), 'Did you mean "order_seed"?'), (("order_seed: 0", ""), "order_seed missing"),
-    (("seeds_per_batch: 2", "seeds_per_batch: 0"), "seeds_per_batch: 0 is not a whole number from 1 up"), (("det_crop,", "baseline,"), "a list of distinct names")])
+    (('"0:4"', '"4:0"'), "seeds: '4:0' is not valid"), (("order_seed", "order_sede"), 'Did you mean "order_seed"?'), (('seeds: "0:4"', ""), "seeds missing"),
+    (("seeds_per_batch: 2", "seeds_per_batch: 0"), "seeds_per_batch: 0 is not a whole number from 1 up"), (("det_crop,", "baseline,"), "'baseline' has the settings of 'baseline'")])
 def test_sweep_files_that_are_refused(speedrun, sweep_file, asked, change, expected):
     sweep_file.write_text(sweep_file.read_text().replace(*change))
     done = speedrun("sweep", sweep_file)
@@ -430,9 +441,15 @@ def test_sweep_files_that_are_refused(speedrun, sweep_file, asked, change, expec
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "params/sweeps").glob("*.yaml")), ids=lambda path: path.stem)
-def test_the_sweeps_that_come_with_it(path):
-    sweep = read_sweep(path)
-    assert sweep.variants[0].name == "baseline" and len(sweep.seeds) >= 3 and len(sweep.variants) >= 2
+def test_the_sweeps_that_come_with_it(path, tmp_path):
+    if "variants: promoted" in path.read_text():  # a later stage runs what `speedrun promote` lists
+        assert read_stage(path)[3].after in {other.stem for other in path.parent.glob("*.yaml")}
+        with pytest.raises(SpeedrunError, match=f"speedrun promote {path.stem}"): read_sweep(path, tmp_path)
+        listed = promoted_file(tmp_path, path.stem)
+        listed.parent.mkdir()
+        listed.write_text('{"promoted": [{"variant": "kv_2"}]}')
+    sweep = read_sweep(path, tmp_path)
+    assert sweep.conditions[0].name == "baseline" and len(sweep.seeds) >= 3 and len(sweep.conditions) >= 2
 
 
 # data

@@ -128,7 +128,7 @@ def load(sizes, rounds, folder):
 def made_up(size, folder):
     "Runs in a temporary folder: their frame, whose curves lie there, and the provenances."
     from speedrun_nb.core.collect import collect
-    from speedrun_nb.report.study import read_provenances
+    from speedrun_nb.core.provenance import read_provenances
 
     with tempfile.TemporaryDirectory(prefix="speedrun_nb-", dir=folder) as outputs:
         write_runs(outputs, size)

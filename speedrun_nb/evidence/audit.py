@@ -11,8 +11,10 @@ from dataclasses import replace
 
 import pandas as pd
 
+from ..core.plans import FrozenPlan
 from ..core.project import Study, claim_of
 from .audit_design import audit_design
+from .audit_plans import audit_plans
 from .audit_results import audit_results
 from .audit_runs import audit_runs
 from .comparison import goal_of, related_to, results, significance
@@ -32,7 +34,7 @@ def results_of(part:Case, case:Case)->list[Finding]:
 
 def audit_case(case:Case)->list[Finding]:
     "Everything that is wrong with one study in one profile, the worst first."
-    found = audit_runs(case)
+    found = [*audit_runs(case), *audit_plans(case)]
     for part in by_baseline(case): found += [*audit_design(part), *results_of(part, case)]
     return sorted((replace(f, study=case.study.name, profile=case.profile) for f in found), key=lambda f: SEVERITIES.index(f.severity))
 
@@ -41,7 +43,8 @@ def audit(
     study:Study,
     profile:str|None=None,                    # all that have runs by default
     provenances:Mapping[str,dict]|None=None,  # by "study/profile/variant/batch"
+    plans:Mapping[str,FrozenPlan]|None=None,  # of `read_plans`
 )->list[Finding]:
     "Look at all runs of a study. Raises `SpeedrunError` where there are none."
     profiles = [profile] if profile else sorted(set(frame.loc[frame["study"] == study.name, "profile"])) or [None]
-    return [f for each in profiles for f in audit_case(make_case(frame, study, each, provenances))]
+    return [f for each in profiles for f in audit_case(make_case(frame, study, each, provenances, plans))]

@@ -13,8 +13,10 @@ from dataclasses import dataclass, fields, replace
 import pandas as pd
 
 from ..core.config import Claim, Metric, SpeedrunError, Target, nearest
+from ..core.plans import FrozenPlan
 from ..core.project import Study, claim_of, load_study, plain_hashes
 from .audit_design import audit_design
+from .audit_plans import audit_plans
 from .audit_runs import audit_runs
 from .describe import Description, describe, plain
 from .effect import Effect, bca_interval, effect
@@ -230,7 +232,7 @@ def compare_groups(
 # %% ../../nbs/evidence/20_comparison.ipynb #cell-16
 def _audit_pair(case:Case, baseline:Group, variant:Group)->list[Finding]:
     "What is wrong with the runs of two groups of a case, compared with each other."
-    return [*audit_runs(case), *audit_design(focus(case, baseline, (baseline, variant)))]
+    return [*audit_runs(case), *audit_plans(case), *audit_design(focus(case, baseline, (baseline, variant)))]
 
 def significance(case:Case, baseline:Group, metric:Metric, more:Iterable[Group]=())->dict[str,tuple[float|None,bool|None]]:
     "Two-sided p of everything that is compared with a baseline, by name, and whether it is better; with `more` groups."
@@ -272,11 +274,12 @@ def compare(
     metric:str|None=None,                     # the claim's by default, or else time
     conditions:Mapping[str,str]|None=None,    # only runs with these values: column or dotted setting -> value
     provenances:Mapping[str,dict]|None=None,  # by "study/profile/variant/batch", for the audit
+    plans:Mapping[str,FrozenPlan]|None=None,  # of `read_plans`, likewise
 )->Comparison:
     "Compare two variants by name. Raises `SpeedrunError` naming what is there."
     study = load_study(study) if isinstance(study, str) else study
     if conditions: provenances = {batch: {**p, "expected_runs": None} for batch, p in (provenances or {}).items()}  # what was filtered out is not missing
-    case = make_case(where(frame, conditions or {}), study, profile, provenances)
+    case = make_case(where(frame, conditions or {}), study, profile, provenances, plans)
     hashes = plain_hashes(study, case.profile, [name.partition("@")[0] for name in (baseline, variant)])
     groups = [find_group(case.rows, name, hashes) for name in (baseline, variant)]
     return compare_in(case, *groups, claim_of(study, groups[1].variant), metric)

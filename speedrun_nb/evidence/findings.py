@@ -13,9 +13,11 @@ from dataclasses import dataclass, field, replace
 import pandas as pd
 
 from ..core.config import one_of
+from ..core.plans import FrozenPlan
 from ..core.project import Study, profile_names, resolve
 from .describe import plain
 from .groups import Group, select, split
+from .plans import planned_by
 
 # %% ../../nbs/evidence/12_findings.ipynb #cell-05
 SEVERITIES = ("serious", "warning", "note")
@@ -47,6 +49,8 @@ CHECKS = {  # id -> what it means
     "missing-runs": "runs that failed, diverged or are not there",
     "uncommitted-code": "the code that ran is in no commit",
     "tuned-on-test": "quality was measured on the data that was tuned on",
+    "exploratory-runs": "runs that were made outside of any frozen plan",
+    "claim-changed": "a claim is not what it was when the plan of its runs was frozen",
 }
 RESULTS = ("sample-too-small", "uncorrected-family", "target-missed", "guard-missed", "frontier-explains")  # weighed by the verdict, not held against it
 
@@ -92,6 +96,7 @@ class Case:
     baseline:Group|None            # what the others are compared with
     provenances:Mapping[str,dict]  # provenance.json by "study/profile/variant/batch"
     own:bool                       # runs of this project, in one of its profiles; otherwise published elsewhere
+    plans:Mapping[str,FrozenPlan]|None=None  # that were frozen for them; the column `plan` of rows and groups names each run's. None: nobody looked
 
     def provenance(self, variant:str, batch:str)->dict:
         "Where a batch comes from; empty if that was not recorded."
@@ -127,13 +132,18 @@ def make_case(
     study:Study,
     profile:str|None=None,                      # the only one present by default
     provenances:Mapping[str,dict]|None=None,    # by "study/profile/variant/batch"
+    plans:Mapping[str,FrozenPlan]|None=None,    # of `read_plans`, of any study and profile
 )->Case:
     "Group the runs of one study in one profile. Raises `SpeedrunError` where there are none, or several profiles."
     rows = select(frame, study.name, profile)
-    groups, profile = name_groups(split(rows)), rows["profile"].iloc[0]
+    profile = rows["profile"].iloc[0]
+    if plans is not None:
+        plans = {name: plan for name, plan in plans.items() if (plan.design["study"], plan.design["profile"]) == (study.name, profile)}
+        rows = rows.assign(plan=planned_by(rows, plans))
+    groups = name_groups(split(rows))
     own = profile in profile_names(study)
     plain = resolve(study, "baseline", profile).config_hash if own else None
-    return Case(study, profile, rows, groups, main_baseline(find_baselines(groups, own), plain), provenances or {}, own)
+    return Case(study, profile, rows, groups, main_baseline(find_baselines(groups, own), plain), provenances or {}, own, plans)
 
 # %% ../../nbs/evidence/12_findings.ipynb #cell-12
 def origins(case:Case, group:Group, rows:pd.DataFrame)->dict[str, dict]:

@@ -17,12 +17,13 @@ from pathlib import Path
 import pandas as pd
 
 from ..core.project import Study, from_root, load_study, profile_names, resolve, variant_names, without_stage
+from ..core.provenance import read_provenances
 from ..core.records import read_runs
 from ..evidence.findings import make_case
 from ..evidence.groups import Group
 from ..evidence.verdict import count
 from .batch import main_metrics, markdown
-from .study import StudyReport, compared, read_provenances
+from .study import StudyReport, compared
 from .tables import NBSP, change, mean_and_spread
 from .words import listed
 

@@ -17,6 +17,7 @@ from ..core.config import Metric, one_of, show_setting
 from ..evidence.describe import describe
 from ..evidence.comparison import raw_answer
 from ..evidence.groups import Group
+from ..evidence.plans import EXPLORATORY
 from ..evidence.verdict import finer, p_value
 from .batch import cells, main_metrics, markdown
 from .study import StudyReport
@@ -51,7 +52,17 @@ def runs_table(report:StudyReport, most:int=200)->str:
     frame = report.frame.sort_values(["variant", "config_hash", "batch", "seed", "started_at"], kind="stable")
     if len(frame) > most: return _batches_table(report, frame)
     return markdown([{"variant": r["variant"], "settings": str(r["config_hash"])[:6], "seed": "–" if pd.isna(r["seed"]) else int(r["seed"]), "status": r["status"],
-                      **cells(r, main_metrics(report.study))} for r in frame.to_dict("records")], right=4)
+                      **_exploratory(report, [r["plan"]]), **cells(r, main_metrics(report.study))} for r in frame.to_dict("records")], right=4 + _marks(report))
+
+def _marks(report)->bool:
+    "Are some runs exploratory while others were planned? Where there is no plan the text says so once."
+    return bool(report.plans) and (report.frame["plan"] == EXPLORATORY).any()
+
+def _exploratory(report, plans)->dict:
+    "A cell that says whether runs are exploratory, by their plans; no cell where none of the study is."
+    names = list(plans)
+    n = names.count(EXPLORATORY)
+    return {"exploratory": "" if not n else "yes" if n == len(names) else f"{n} of {len(names)}"} if _marks(report) else {}
 
 def _batches_table(report, frame)->str:
     "A row a batch."
@@ -59,15 +70,15 @@ def _batches_table(report, frame)->str:
     for (variant, batch), part in frame.groupby(["variant", "batch"], sort=False):
         counts = ", ".join(f"{n} {status}" for status, n in part["status"].value_counts().items())
         means = {m.axis: mean_and_spread(part[m.name], m) for m in main_metrics(report.study) if m.name in part}
-        rows.append({"variant": variant, "batch": batch, "host": part["host_id"].iloc[0], "runs": counts, **means})
-    return markdown(rows, right=4)
+        rows.append({"variant": variant, "batch": batch, "host": part["host_id"].iloc[0], "runs": counts, **_exploratory(report, part["plan"]), **means})
+    return markdown(rows, right=4 + _marks(report))
 
 # %% ../../nbs/report/02_tables.ipynb #cell-09
 def summary_table(report:StudyReport)->str:
     "A row a variant: runs, then mean ± standard deviation and the 95 % interval of the mean."
     rows = []
     for group in report.groups:
-        row = {"variant": group.variant, "runs": len(group.runs)}
+        row = {"variant": group.variant, "runs": len(group.runs)} | _exploratory(report, group.runs["plan"])
         if any(g.failed or g.diverged for g in report.groups): row |= {"failed": group.failed, "diverged": group.diverged}
         for metric in main_metrics(report.study)[:2]:
             values = group.values(metric.name)

@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help report test docs lab export clean
+.PHONY: help report test faults docs lab export clean
 .DEFAULT_GOAL := help
 
 help:            ## list the targets
@@ -19,6 +19,9 @@ test: $(INSTALLED)     ## everything that CI checks; changes nothing in the tree
 	$(BIN)/ruff check .
 	$(BIN)/nbdev_test
 	$(BIN)/pytest
+
+faults: $(INSTALLED)   ## kill the processes of small sweeps at random moments, fifty rounds; half an hour on two CPU cores
+	$(BIN)/python tests/faults.py --rounds 50
 
 lab: $(INSTALLED)      ## JupyterLab, for exploring
 	$(BIN)/pip install -q -c constraints.txt -e '.[lab]'

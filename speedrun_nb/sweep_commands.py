@@ -33,7 +33,8 @@ def sweep_run(file:SweepFile, outputs:Outputs="outputs",
               dry_run:Annotated[bool, typer.Option("--dry-run", help="Print the plan with expected hours and cost, run nothing.")]=False,
               watch_budget:Annotated[bool, typer.Option("--watch-budget", help="Stop cleanly where the budget of the file ends.")]=False,
               engine:Annotated[str, typer.Option(help="local: on this machine, each batch with a device of its own; ray: on a Ray cluster.")]="local",
-              address:Annotated[str | None, typer.Option(help="Of the Ray cluster; by default the one that runs on this machine.", show_default=False)]=None):
+              address:Annotated[str | None, typer.Option(help="Of the Ray cluster; by default the one that runs on this machine.", show_default=False)]=None,
+              resource:Annotated[str | None, typer.Option(help="Of the Ray cluster's nodes: a batch takes one of it; by default GPUs, or a whole node without.", show_default=False)]=None):
     """Run what is left of a sweep. `speedrun sweep FILE` is the same.
 
     Example: `speedrun sweep params/sweeps/cifar_demo.yaml --dry-run`
@@ -46,21 +47,21 @@ def sweep_run(file:SweepFile, outputs:Outputs="outputs",
     if dry_run: return _print_plan(asked, from_root(outputs))
     show = Show()
     with show.showing():
-        drive = Drive(asked, outputs, _engine(engine, asked, address), watch_budget, show)
+        drive = Drive(asked, outputs, _engine(engine, asked, address, resource), watch_budget, show)
         drive.run()
     print(f"{drive.plan.name}: {summary(drive).splitlines()[0]}")
     if drive.ending: print(drive.ending)
     if drive.failed: raise SpeedrunError(f"{len(drive.failed)} run(s) failed; what was finished is kept, and the same command tries them again:\n" + "\n".join(dict.fromkeys(drive.failed.values())))
     if drive.interrupts: raise typer.Exit(130)
 
-def _engine(name, sweep, address):
+def _engine(name, sweep, address, resource):
     "The engine by its name."
     one_of(name, ("local", "ray"), "engine")
-    if name == "local" and address: raise SpeedrunError("--address is that of a Ray cluster; add --engine ray")
+    if name == "local" and (address or resource): raise SpeedrunError("--address and --resource are those of a Ray cluster; add --engine ray")
     several = "gpus" in sweep.study.parameters
     if name == "ray":
         from speedrun_nb.sweep.ray_engine import RayEngine
-        return RayEngine(address, sweep.gpus_per_batch, several)
+        return RayEngine(address, sweep.gpus_per_batch, several, resource)
     from speedrun_nb.sweep.local import LocalEngine, share_out, visible_gpus
     return LocalEngine(share_out(visible_gpus(), sweep.gpus_per_batch, several))
 
@@ -110,6 +111,7 @@ def ledger(study:Annotated[str | None, typer.Argument(help="Name of a study; all
     Example: `speedrun ledger gpt --price 2.5`
     """
     from speedrun_nb.core.project import load_study
+    from speedrun_nb.sweep.ledger import as_table
     from speedrun_nb.sweep.ledger import ledger as count
     rows = count(find_folder(outputs), load_study(study).name if study else None, price)
-    print_json(rows) if as_json else print_table(rows)
+    print_json(rows) if as_json else print_table(as_table(rows))

@@ -70,7 +70,7 @@ def test_help_names_every_command(speedrun):
 
 @pytest.mark.parametrize("command, words", [
     ("doctor", ["--json"]), ("variants", ["--json", "--profile"]), ("runs", ["--json", "--outputs", "--profile"]), ("run", ["--parameter", "seeds", "overrides"]),
-    ("sweep run", ["--dry-run", "--watch-budget", "--engine", "--address", "--outputs"]), ("sweep status", ["--json", "--outputs"]), ("promote", ["--json", "--outputs"]), ("ledger", ["--json", "--price", "--outputs"]), ("compare", ["--json", "--metric", "--where", "--profile", "--outputs"]), ("audit", ["--json", "--profile", "--outputs"]),
+    ("sweep run", ["--dry-run", "--watch-budget", "--engine", "--address", "--resource", "--outputs"]), ("sweep status", ["--json", "--outputs"]), ("promote", ["--json", "--outputs"]), ("ledger", ["--json", "--price", "--outputs"]), ("compare", ["--json", "--metric", "--where", "--profile", "--outputs"]), ("audit", ["--json", "--profile", "--outputs"]),
     ("import", ["--study", "--variant", "--host", "--map", "--outputs", "--json"]), ("plan", ["--effect", "--power", "--margin", "--runs", "--price", "--figure", "--json"]), ("render", ["--engine", "--profile", "--outputs"]),
     ("data", ["fetch", "check"]), ("data fetch", ["Download a data set", "--shards"]), ("tokenize", ["--out", "--encoding", "--validation", "--processes"]), ("data check", ["--json"])])
 def test_help_of_a_command(speedrun, command, words):

@@ -173,14 +173,14 @@ def run_batch(
     "Train every seed and record it. Raises what `train` raises, after noting it in provenance.json."
     facts = machine_state(project_root()) | plan.facts | dict(command=command or sys.argv)
     _claim_folder(plan)
-    provenance, records = Provenance(plan.folder, facts), []
+    with _writing(plan): provenance, records = Provenance(plan.folder, facts), []
     try: stopped = _record_events(plan, train(plan.variant.settings, plan.seeds, **plan.own), show, provenance, records)
     except BaseException as error:
         interrupted = isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit))
         with suppress(OSError): provenance.end("interrupted" if interrupted else "failed", error=f"{type(error).__name__}: {error}")  # the disk may be full
         raise
     status = "failed" if any(record["status"] == "failed" for record in records) else "interrupted" if stopped else "completed"
-    provenance.end(status)
+    with _writing(plan): provenance.end(status)
     return Batch(plan.folder, records, status)
 
 def _make_record(plan, result, ready, place, started)->dict:
@@ -212,14 +212,14 @@ def _record_events(plan, events, show, provenance, records)->bool:
     for event in events:
         if isinstance(event, Ready):
             ready, started = event, utc_now()
-            provenance.update(warmup_seconds=event.warmup_seconds, data=event.data, device=event.device, precision=event.precision, threads=event.threads, ranks=event.ranks)
+            with _writing(plan): provenance.update(warmup_seconds=event.warmup_seconds, data=event.data, device=event.device, precision=event.precision, threads=event.threads, ranks=event.ranks)
         elif isinstance(event, Result):
             provenance.check()
             records.append(_make_record(plan, event, ready, len(records), started))
             with _writing(plan): append_record(plan.folder / "runs.jsonl", records[-1])
             started = utc_now()
         show(event)
-        if isinstance(event, Result) and len(records) < len(plan.seeds) and (plan.folder / STOP).exists():
+        if isinstance(event, (Ready, Result)) and len(records) < len(plan.seeds) and (plan.folder / STOP).exists():
             events.close()
             return True
     return False

@@ -62,7 +62,7 @@ class Drive:
         self.hours, self.pace = spent_hours(costs, self.plan.name), defaultdict(list)  # of devices, for this plan; seconds a run, by condition
         self.pending, self.running, self.hosts = deque(self.cells.batches), {}, {}
         self.tries, self.failed, self.elsewhere, self.cut, self.waiting = Counter(), {}, set(), {}, None
-        self.interrupts, self.asked, self.ending, self.looked = 0, False, None, -1e9
+        self.interrupts, self.asked, self.ending, self.trouble, self.looked = 0, False, None, None, -1e9
 
     def run(self)->None:
         "Run what is left, until nothing is, or until it is time to stop."
@@ -70,6 +70,7 @@ class Drive:
             with self._interruptible():
                 self._check_stop_rule()
                 while self._start_what_can(): self._watch()
+                if self.trouble: raise self.trouble
                 with suppress(SpeedrunError): self.claims.tidy(self.cells.done)
         finally:
             self.engine.close()
@@ -91,9 +92,12 @@ class Drive:
         self._look_around()
         while self.pending and not self._wanted(self.pending[0]): self.pending.popleft()
         free = self.engine.free() if self.pending and not self.stopping else []
-        for slot in free:
-            if self.stopping or not (found := self._next(slot.host)): break
-            self._start(slot, *found)
+        try:
+            for slot in free:
+                if not self.stopping and (found := self._next(slot.host)): self._start(slot, *found)
+        except SpeedrunError as error:
+            if not self.running: raise
+            self.trouble = error  # no claim can be written, say; what runs is not to suffer from it
         self._say_why_waiting(free)
         return bool(self.running or (self.pending and not self.stopping))
 
@@ -106,7 +110,7 @@ class Drive:
         self.waiting = why
 
     @property
-    def stopping(self)->bool: return bool(self.interrupts or self.ending)
+    def stopping(self)->bool: return bool(self.interrupts or self.ending or self.trouble)
 
     def _look_around(self):
         "What do other sweeps do?"

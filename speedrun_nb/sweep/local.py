@@ -77,7 +77,9 @@ class LocalEngine:
     "Runs batches on this machine: a worker for each slot."
     def __init__(self, devices:list[tuple[str, ...]]):
         self.slots = [Slot(" ".join(["gpu", *each]) if each else "cpu", host_id(), each) for each in devices]
-        self.folder, self.busy, self.selector = tempfile.TemporaryDirectory(prefix="speedrun-sweep-"), {}, selectors.DefaultSelector()
+        self.busy, self.selector = {}, selectors.DefaultSelector()
+        try: self.folder = tempfile.TemporaryDirectory(prefix="speedrun-sweep-")
+        except OSError as error: raise SpeedrunError(f"no temporary folder can be made ({error.strerror}); free some space, or name a folder that can be written in TMPDIR") from None
 
     def free(self)->list[Slot]:
         "Slots whose devices nobody uses."

@@ -74,7 +74,7 @@ class Show:
         if line:
             self.rows = None
             self.console.print(f"{time.strftime('%H:%M:%S')} {line}{'' if self.live else self._left(drive)}", markup=False, soft_wrap=True)
-        if self.live and time.monotonic() - self.shown > 1: self._update()  # not with every news: the next batch should not wait for a large table
+        if self.live and (drive.running or drive.waiting) and time.monotonic() - self.shown > 1: self._update()  # no batch should have to wait for a large table
 
     def _update(self):
         drive = self.drive

@@ -44,7 +44,7 @@ from speedrun_nb.core.records import Result, read_runs, run_id
 RECORD = set("""schema run_id study profile variant config config_hash seed repeat batch sweep block order host_id device precision threads package_hash status error
     started_at ended_at time_seconds clock metrics curve peak_memory_bytes fingerprint""".split())
 PROVENANCE = set("""git package_hash packages python os host_id cpu cpu_count gpus cuda study profile variant config seeds command data device precision threads
-    warmup_seconds started_at ended_at status pid pid_started boot_id heartbeat_seconds""".split())
+    warmup_seconds started_at ended_at status pid pid_started pid_namespace boot_id heartbeat_seconds""".split())
 MODULE = [BIN / "python", "-m", "speedrun_nb.cifar.batch"]
 TINY_RUN = ["-p", "profile", "demo", "-p", "overrides", TINY_WORDS]
 MANY = 200  # runs of a batch that is still running when it is stopped

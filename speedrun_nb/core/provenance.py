@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PACKAGES', 'HEARTBEAT_SECONDS', 'DEAD_AFTER_SECONDS', 'GIVEN_UP', 'git_state', 'package_hash', 'host_id', 'boot_id',
            'cpu_cores', 'cpu_name', 'gpu_state', 'package_versions', 'cuda_version', 'machine_state', 'utc_now',
-           'process_started', 'this_process', 'still_runs', 'Provenance', 'read_provenance', 'read_provenances',
-           'batch_state', 'last_heartbeat', 'note', 'give_up']
+           'process_started', 'pid_namespace', 'this_process', 'still_runs', 'Provenance', 'read_provenance',
+           'read_provenances', 'batch_state', 'last_heartbeat', 'note', 'give_up']
 
 # %% ../../nbs/core/03_provenance.ipynb #cell-03
 import datetime
@@ -126,16 +126,22 @@ def _started_without_proc(pid):
     except PermissionError: pass
     return 0
 
+def pid_namespace()->str|None:
+    "Containers on one machine may each have a process of the same number (Linux)."
+    try: return os.readlink("/proc/self/ns/pid")
+    except OSError: return None
+
 def this_process()->dict:
     "What tells this process from any other, on any machine, at any time."
-    return dict(host_id=host_id(), boot_id=boot_id(), pid=os.getpid(), pid_started=process_started(os.getpid()))
+    return dict(host_id=host_id(), boot_id=boot_id(), pid_namespace=pid_namespace(), pid=os.getpid(), pid_started=process_started(os.getpid()))
 
 def still_runs(
     process:Mapping,  # as `this_process` gave it
-)->bool|None:         # None: it is of another machine, so that there is no telling
+)->bool|None:         # None: it is of another machine or container, so that there is no telling
     "Does a process still run?"
     if process.get("host_id") != host_id(): return None
     if process.get("boot_id") != boot_id(): return False
+    if process.get("pid_namespace", pid_namespace()) != pid_namespace(): return None
     return (started := process_started(process["pid"])) is not None and started == process.get("pid_started", started)
 
 class Provenance:

@@ -124,7 +124,7 @@ _PAIR_EXPECTED = "-p takes a name and a value, for example: -p variant det_crop"
 def run(study:StudyName, parameters:Annotated[list[str] | None, typer.Option("-p", "--parameter", metavar="NAME VALUE", help="A parameter of the run notebook; may be repeated.", show_default=False)]=None):
     """Train a batch of seeds: execute nbs/run_STUDY.ipynb with papermill, into the batch's folder in outputs/.
 
-    Parameters: variant, seeds ("0:8", "1,2,5", or a count), profile (demo, cpu, full, auto), overrides ("train.epochs=4"), outputs, repeat, batch; for gpt also gpus.
+    Parameters: variant, seeds ("0:8", "1,2,5", or a count), profile (demo, cpu, full, ..., auto), overrides ("train.epochs=4"), outputs, repeat, batch; for gpt also gpus.
 
     Example: `speedrun run cifar -p variant det_crop -p seeds 0:8`
     """

@@ -24,7 +24,9 @@ sweep_app = typer.Typer(cls=_FileOrCommand, no_args_is_help=True, rich_markup_mo
 
 A sweep file in `params/sweeps/` says which variants are run with which settings and seeds. Starting freezes the plan; running the same command again goes on where it was; several sweeps on one folder share the work.
 
-Ctrl-C once: finish the run in hand, then stop. Twice: stop at once.""")
+Ctrl-C once: finish the run in hand, then stop (a warm-up in hand is dropped). Twice: stop at once.
+
+Options (`speedrun sweep run --help`): --dry-run, --watch-budget, --engine, --outputs.""")
 
 SweepFile = Annotated[str, typer.Argument(help="A sweep file, such as params/sweeps/cifar_demo.yaml, or its name.", show_default=False)]
 
@@ -71,10 +73,13 @@ def _print_plan(sweep, outputs):
     from speedrun_nb.sweep.cells import Cells
     from speedrun_nb.sweep.costs import read_costs
     from speedrun_nb.sweep.show import dry_run
-    rows, takes = dry_run(sweep, Cells(sweep, outputs), read_costs(outputs, sweep.study.name))
-    print_table(rows[:SHOWN])
+    from speedrun_nb.sweep.watch import remarks
+    cells = Cells(sweep, outputs)
+    rows, takes = dry_run(sweep, cells, read_costs(outputs, sweep.study.name))
+    if rows: print_table(rows[:SHOWN])
     if len(rows) > SHOWN: print(f"... and {len(rows) - SHOWN} more")
     print(takes)
+    warn(remarks(sweep, cells, outputs))
 
 @sweep_app.command("status")
 def sweep_status(file:Annotated[str | None, typer.Argument(help="A sweep file: what is done of each condition. By default all plans that were frozen.", show_default=False)]=None,

@@ -276,9 +276,11 @@ def stop(command, number, tmp_path_factory, whom="command"):
     return done, folder, finished
 
 
-def check_finished_runs(folder, at_least):
-    "Every line but perhaps the last is a whole record of a completed run."
+def check_finished_runs(folder, at_least, failed=0):
+    "Every line but perhaps the last is a whole record of a completed run, but for what is known to have failed at the end."
     frame, problems = read_runs(folder.parents[3])
+    assert list(frame["status"][len(frame) - failed:]) == ["failed"] * failed
+    frame = frame[:len(frame) - failed]
     assert at_least <= len(frame) < MANY and list(frame["seed"]) == list(range(len(frame))) and (frame["status"] == "completed").all()
     assert all("half-written" in problem for problem in problems) and len(problems) <= 1
 
@@ -326,8 +328,8 @@ def kernel_killed(tmp_path_factory): return stop([BIN / "speedrun", "run", "cifa
 
 def test_kernel_killed(kernel_killed):
     done, folder, finished = kernel_killed
-    check_finished_runs(folder, finished)
-    assert done.code == 1 and batch_state(folder) == "interrupted" and (folder / "notebook.ipynb").exists()
+    check_finished_runs(folder, finished, failed=1)
+    assert done.code == 1 and batch_state(folder) == "failed" and (folder / "notebook.ipynb").exists()
 
 
 def test_kernel_killed_without_a_traceback(kernel_killed):

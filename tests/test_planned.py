@@ -87,7 +87,7 @@ def test_a_sweep_and_what_was_run_beside_it(sweep, tmp_path):
     assert rows[0][3:] == ["condition", "planned", "done", "done outside", "diverged", "not run"]
     assert [row[3:] for row in rows[2:]] == [["all 2", "12", "8", "2", "2", "0"], ["baseline", "6", "3", "2", "1", "0"], ["det_crop", "6", "5", "0", "1", "0"]] and rows[2][0] == name
     words = planned.planned_words(report)
-    assert f"The plan `{name}` was frozen on " in words and "when 2 runs of its conditions had been made already" in words and "12 runs of 2 conditions in 3 blocks, a number that was fixed beforehand" in words
+    assert f"The plan `{name}` was frozen on " in words and "when 2 runs of its conditions had been made already" in words and "12 runs of 2 conditions in 3 blocks, a number that was fixed when some results were known already" in words
     assert "Of these, 10 completed (8 under the plan and 2 outside of any plan) and 2 diverged. The conditions took turns in the planned order. The claims are those that were frozen with it." in words
     assert "6 runs are exploratory, made outside of any plan: " in words and words.endswith("Of these, 2 would have been asked for by a plan.")
     assert ids(report.findings) == [("warning", "exploratory-runs")] and "2 of 5 runs of baseline" in evidence.threats(report).replace("\\", "") and f"sweep={name}" in evidence.threats(report)

@@ -204,7 +204,7 @@ def record_failure(
     with _writing(plan):
         write_json(plan.folder / "provenance.json", facts | dict(status="failed", error=error, ended_at=utc_now()))
         if left := [seed for seed in plan.seeds if seed not in {record["seed"] for record in done}]:
-            append_record(path, _make_record(plan, Result(left[0], "failed", None, {}, {}, [], None, error=error), ready, len(done), facts["started_at"]))
+            append_record(path, _make_record(plan, Result(left[0], "failed", None, {}, {}, [], None, error=error), ready, len(done), done[-1]["ended_at"] if done else facts["started_at"]))
 
 def _record_events(plan, events, show, provenance, records)->bool:
     "Append a record for every result. True where the batch was asked to stop before its last run."

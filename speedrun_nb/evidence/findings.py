@@ -51,6 +51,7 @@ CHECKS = {  # id -> what it means
     "tuned-on-test": "quality was measured on the data that was tuned on",
     "exploratory-runs": "runs that were made outside of any frozen plan",
     "claim-changed": "a claim is not what it was when the plan of its runs was frozen",
+    "plan-extended": "a plan was frozen when runs of an earlier one from the same file were known",
 }
 RESULTS = ("sample-too-small", "uncorrected-family", "target-missed", "guard-missed", "frontier-explains")  # weighed by the verdict, not held against it
 

@@ -77,4 +77,4 @@ def gpt2_encoding()->"tiktoken.Encoding":  # noqa: F821
     try: return tiktoken.get_encoding("gpt2")
     except (OSError, ValueError) as error:  # requests' errors are OSErrors
         raise SpeedrunError(f"tiktoken cannot load the gpt2 vocabulary ({type(error).__name__}). Where there is no network, copy the folder that TIKTOKEN_CACHE_DIR names "
-                            "on a machine that has one, and set TIKTOKEN_CACHE_DIR to the copy.") from None
+                            "on a machine that has one, and set TIKTOKEN_CACHE_DIR to the copy; or make a byte a token, which needs no vocabulary (`speedrun tokenize --encoding bytes`).") from None

@@ -68,7 +68,8 @@ def planned_words(report:StudyReport)->str:
 def _asked(plan, rows)->str:
     d, before = plan.design, made_before(plan, rows)
     when = f"when {count(before)} of its conditions had been made already" if before else "before any run of its conditions was made"
-    stop = "a number that was fixed beforehand" if d["stop"] == "fixed" else "or fewer: it was to end after the first block after which every claim is decided"
+    fixed = "a number that was fixed when some results were known already" if before else "a number that was fixed beforehand"
+    stop = fixed if d["stop"] == "fixed" else "or fewer: it was to end after the first block after which every claim is decided"
     return (f"The plan `{plan.name}` was frozen on {_when(plan)} UTC, {when} (commit {_commit(plan, ' with uncommitted changes')}). "
             f"It asked for {count(len(plan.cells()))} of {count(len(plan.conditions), 'condition')} in {count(len(d['order']), 'block')}, {stop}.")
 

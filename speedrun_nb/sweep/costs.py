@@ -88,8 +88,8 @@ def expected_seconds(
 
 def spent_hours(
     costs:pd.DataFrame,
-    plan:str,           # name of a frozen plan
+    sweep:str,          # name of a sweep file
 )->float:
-    "Hours of devices that batches of a plan took, whatever became of them."
-    mine = costs[costs["sweep"] == plan]
+    "Hours of devices that batches of a sweep took, whatever became of them, under any of its plans: a changed file has no new budget."
+    mine = costs.loc[pd.Series([str(plan).rpartition("-")[0] == sweep for plan in costs["sweep"]], costs.index, dtype=bool)]
     return float((mine["seconds"] * mine["devices"]).sum()) / 3600

@@ -27,7 +27,7 @@ from .costs import expected_seconds, read_costs, spent_hours
 from .file import Condition, Sweep
 from .notebook import prepare
 from .plan import PlannedBatch, as_frozen
-from .watch import check_stop_rule, decided
+from .watch import check_stop_rule, decided, remarks
 
 # %% ../../nbs/sweep/09_drive.ipynb #cell-05
 @dataclass(frozen=True)
@@ -56,10 +56,12 @@ class Drive:
         check_stop_rule(sweep)
         if watch_budget and sweep.budget.hours is None: raise SpeedrunError(f"{sweep.name}: there is no budget to watch; write budget: {{hours: 2}} into its file")
         self.sweep, self.outputs, self.engine, self.watch_budget, self.show = sweep, from_root(outputs), engine, watch_budget, show
-        self.plan, self.cells, self.claims = freeze(as_frozen(sweep), self.outputs), Cells(sweep, self.outputs), Claims(self.outputs, sweep.study.name)
+        self.cells = Cells(sweep, self.outputs)
+        self.remarks = remarks(sweep, self.cells, self.outputs)  # before the plan is frozen, which changes what is odd
+        self.plan, self.claims = freeze(as_frozen(sweep), self.outputs), Claims(self.outputs, sweep.study.name)
         costs, self.conditions = read_costs(self.outputs, sweep.study.name), {c.name: c for c in sweep.conditions}
         self.earlier = functools.cache(lambda name, runs: expected_seconds(costs, self.conditions[name].variant, runs))
-        self.hours, self.pace = spent_hours(costs, self.plan.name), defaultdict(list)  # of devices, for this plan; seconds a run, by condition
+        self.hours, self.pace = spent_hours(costs, sweep.name), defaultdict(list)  # of devices, for this plan; seconds a run, by condition
         self.pending, self.running, self.hosts = deque(self.cells.batches), {}, {}
         self.tries, self.failed, self.elsewhere, self.overtime, self.waiting = Counter(), {}, set(), set(), None
         self.interrupts, self.asked, self.ending, self.trouble, self.looked = 0, False, None, None, -1e9
@@ -68,6 +70,7 @@ class Drive:
         "Run what is left, until nothing is, or until it is time to stop."
         try:
             with self._interruptible():
+                for line in self.remarks: self.show(self, line)
                 self._check_stop_rule()
                 while self._start_what_can(): self._watch()
                 if self.trouble: raise self.trouble
@@ -105,7 +108,7 @@ class Drive:
         "Once, while nothing runs here."
         why = None
         if self.pending and not self.running and not self.stopping:
-            why = f"waiting for {len(self.elsewhere & self.cells.wanted)} run(s) that another sweep has in hand" if free else "waiting for a device: there is none, or other sweeps use them all"
+            why = f"waiting for {len(self.elsewhere & self.cells.wanted)} run(s) that another sweep has in hand" if free else "waiting for a device: another sweep on this machine has it, or all of them"
         if why and why != self.waiting: self.show(self, why)
         self.waiting = why
 

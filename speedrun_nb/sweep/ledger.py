@@ -88,6 +88,7 @@ def _row(name, batches)->dict:
 def as_table(rows:list[dict])->list[dict]:
     "The rows of a ledger with hours, shares and money as they are read."
     hours, share = "{:.2f}".format, lambda value: None if value is None else f"{value:.0%}"
+    unpriced = any(row["cost"] is not None for row in rows) and any(row["unpriced_hours"] > 0 for row in rows)
     return [{name: row[name] for name in ("study", "stage", "variant", "batches", "runs")} | {
         "failed runs": row["failed_runs"], "hours": hours(row["hours"]), "exploratory": hours(row["exploratory_hours"]), "failed or lost": hours(row["lost_hours"]), "not training": share(row["not_training"]),
-        "cost": None if row["cost"] is None else f"{row['cost']:.2f}"} for row in rows]
+        "cost": None if row["cost"] is None else f"{row['cost']:.2f}", **({"hours without a price": hours(row["unpriced_hours"])} if unpriced else {})} for row in rows]

@@ -23,6 +23,11 @@ TINY = {"data.train_images": 500, "whitening.images": 200, "train.batch_size": 1
 TINY_WORDS = "data.train_images=500 whitening.images=200 train.batch_size=100 train.epochs=3 model.widths=[8,8,8]"
 
 
+def pytest_collection_modifyitems(items):
+    "The longest files first: each stays on one process, and the last should not have to be waited for."
+    items.sort(key=lambda item: item.path.stem not in ("test_sweep", "test_ray", "test_gpt", "test_batches"))
+
+
 def environment(**changes):
     "This environment without what steers the product; one CPU thread, so that results are the same bits anywhere."
     steering = ("IN_TEST", "SPEEDRUN_DATA", "SPEEDRUN_PROFILE", "SPEEDRUN_OUTPUTS")

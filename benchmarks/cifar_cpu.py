@@ -56,7 +56,8 @@ def our_side(settings):
 
 def full_settings():
     "The baseline at its published size."
-    from speedrun_nb.core.project import load_study, resolve
+    from speedrun_nb.core.study import load_study
+    from speedrun_nb.core.variants import resolve
 
     return resolve(load_study("cifar"), "baseline", "full").settings
 

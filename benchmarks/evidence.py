@@ -29,8 +29,8 @@ BYTES = 2800           # of a record, rounded up
 
 def template(study, variant, batch, block):
     "A record as a batch would write it, what differs from run to run marked by names in @."
-    from speedrun_nb.core.project import resolve
     from speedrun_nb.core.records import Ready, Result, finite, make_record
+    from speedrun_nb.core.variants import resolve
 
     resolved = resolve(study, variant, PROFILE)
     cell = dict(study=study.name, profile=PROFILE, variant=variant, config=resolved.flat, config_hash=resolved.config_hash, repeat=0, batch=batch, block=block, order="@order@",
@@ -42,8 +42,8 @@ def template(study, variant, batch, block):
 
 def write_runs(outputs, runs):
     "Records of `runs` runs in batches, the variants taking turns."
-    from speedrun_nb.core.project import load_study
     from speedrun_nb.core.records import write_json
+    from speedrun_nb.core.study import load_study
 
     study, noise, size = load_study("cifar"), random.Random(0), max(25, min(500, runs // 40))
     curves = [json.dumps(dict(epoch=list(range(10)), train_loss=[2 - i / 6 + noise.random() / 50 for i in range(10)], accuracy_plain=[0.5 + i / 22 + noise.random() / 500 for i in range(10)],
@@ -87,7 +87,7 @@ def plain_load(outputs):
 
 def measure(side, outputs):
     "Load all runs and print what it took. What is imported is imported before."
-    from speedrun_nb.core.collect import collect
+    from speedrun_nb.core.runs import collect
 
     start, (cpu, _) = time.perf_counter(), use()
     frame = plain_load(outputs) if side == "plain" else collect(outputs)[0]
@@ -127,8 +127,8 @@ def load(sizes, rounds, folder):
 @contextmanager
 def made_up(size, folder):
     "Runs in a temporary folder: their frame, whose curves lie there, and the provenances."
-    from speedrun_nb.core.collect import collect
     from speedrun_nb.core.provenance import read_provenances
+    from speedrun_nb.core.runs import collect
 
     with tempfile.TemporaryDirectory(prefix="speedrun_nb-", dir=folder) as outputs:
         write_runs(outputs, size)
@@ -147,11 +147,11 @@ def quickest(rounds, work, *given):
 
 def compare(sizes, rounds, folder):
     "Compare two variants whose runs are from two hosts: the permutation test alone, and everything."
-    from speedrun_nb.core.project import load_study
+    from speedrun_nb.core.study import load_study
     from speedrun_nb.evidence.comparison import compare_groups
     from speedrun_nb.evidence.groups import find_group
-    from speedrun_nb.evidence.permutation import permutation_test
     from speedrun_nb.evidence.strata import samples
+    from speedrun_nb.stats.permutation import permutation_test
 
     study = load_study("cifar")
     print(f"\ncompare: seconds\n{'runs':>9} {'permutation test':>22} {'whole comparison':>22}")
@@ -168,8 +168,8 @@ def compare(sizes, rounds, folder):
 
 def audit(sizes, rounds, folder):
     "Audit a study of four variants."
-    from speedrun_nb.core.project import load_study
-    from speedrun_nb.evidence.audit import audit as audit_study
+    from speedrun_nb.audit.audit import audit as audit_study
+    from speedrun_nb.core.study import load_study
 
     print(f"\naudit: seconds\n{'runs':>9} {'all checks':>22}")
     for size in sizes:

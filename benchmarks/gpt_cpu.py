@@ -74,7 +74,8 @@ def our_side(settings):
 
 def cpu_settings(overrides):
     "The baseline in the profile for CPUs, with changes."
-    from speedrun_nb.core.project import load_study, read_overrides, resolve
+    from speedrun_nb.core.study import load_study
+    from speedrun_nb.core.variants import read_overrides, resolve
 
     return resolve(load_study("gpt"), "baseline", "cpu", read_overrides(overrides)).settings
 

@@ -35,7 +35,8 @@ def made_up_trainer(settings):
 
 def settings_of(name, profile, overrides):
     "The settings of a variant, or of variant:key=value,key=value."
-    from speedrun_nb.core.project import load_study, read_overrides, resolve
+    from speedrun_nb.core.study import load_study
+    from speedrun_nb.core.variants import read_overrides, resolve
 
     variant, _, own = name.partition(":")
     return resolve(load_study("gpt"), variant, profile, read_overrides(overrides) | read_overrides(own.replace(",", " ")) | {"evaluation.tokens": 64 * 1024}).settings

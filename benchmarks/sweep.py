@@ -155,7 +155,7 @@ def stand_in_project():
     "A project whose run notebook of CIFAR-10 takes and checks the same parameters, but trains nothing; the working directory meanwhile."
     import nbformat
 
-    from speedrun_nb.core.project import project_root
+    from speedrun_nb.core.study import project_root
 
     root, before = project_root(), Path.cwd()
     notebook = nbformat.read(root / "nbs/run_cifar.ipynb", 4)
@@ -248,8 +248,8 @@ def measure_share(batches, cells):
 
 # the start of a kernel
 
-IMPORTS = {"parameters": "from speedrun_nb.core.batch import ProgressBars, notebook_parameters", "training (torch)": "from speedrun_nb.cifar.batch import plan_batch, run_batch",
-           "results (pandas, matplotlib)": "from IPython.display import Markdown\nfrom speedrun_nb.report.batch import batch_curves, batch_table"}
+IMPORTS = {"parameters": "from speedrun_nb.core.batch import ProgressBars, notebook_parameters", "training (torch)": "from speedrun_nb.core.batch import plan_batch, run_batch",
+           "results (pandas, matplotlib)": "from IPython.display import Markdown\nfrom speedrun_nb.report.style import batch_curves, batch_table"}
 
 
 def measure_kernel(rounds):

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from speedrun_nb import cli
+from speedrun_nb.cli.main import main
 from speedrun_nb.core.records import Ready, Result
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -107,7 +107,7 @@ def speedrun(clean_environment, capsys):
     def run(*arguments):
         capsys.readouterr()
         code = 0
-        try: cli.main([str(word) for word in arguments])
+        try: main([str(word) for word in arguments])
         except SystemExit as end: code = end.code or 0
         out, err = capsys.readouterr()
         return SimpleNamespace(code=code, out=out, err=err)

@@ -9,12 +9,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from speedrun_nb.core.project import from_root, load_study, study_names
-from speedrun_nb.core.records import read_runs
-from speedrun_nb.evidence.audit_conditions import table_of
-from speedrun_nb.evidence.audit_design import audit_design, drifts
-from speedrun_nb.evidence.findings import by_baseline, make_case
-from speedrun_nb.evidence.imports import import_runs
+from speedrun_nb.audit.conditions import table_of
+from speedrun_nb.audit.design import audit_design, drifts
+from speedrun_nb.core.runs import read_runs
+from speedrun_nb.core.study import from_root, load_study, study_names
+from speedrun_nb.evidence.case import by_baseline, make_case
+from speedrun_nb.importing.import_ import import_runs
 
 STUDY = load_study("cifar")
 DATA = os.environ.get("SPEEDRUN_DATA")

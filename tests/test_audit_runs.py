@@ -8,13 +8,28 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from speedrun_nb.core.project import load_study
+from speedrun_nb.audit.copies import (
+    agreements,
+    beyond_chance,
+    check_copied_runs,
+    check_inert_seed,
+    check_repeated_seed,
+    check_same_computation,
+    counted,
+)
+from speedrun_nb.audit.findings import CHECKS
+from speedrun_nb.audit.runs import (
+    RUN_CHECKS,
+    audit_runs,
+    check_missing_runs,
+    check_settings_differ,
+    check_warmup_outlier,
+)
+from speedrun_nb.audit.training import check_step_time_jump, step_times
 from speedrun_nb.core.provenance import read_provenance
-from speedrun_nb.core.records import read_runs
-from speedrun_nb.evidence.audit_copies import agreements, beyond_chance, check_copied_runs, check_inert_seed, check_repeated_seed, check_same_computation, counted
-from speedrun_nb.evidence.audit_runs import RUN_CHECKS, audit_runs, check_missing_runs, check_settings_differ, check_step_time_jump, check_warmup_outlier
-from speedrun_nb.evidence.audit_training import step_times
-from speedrun_nb.evidence.findings import CHECKS, make_case
+from speedrun_nb.core.runs import read_runs
+from speedrun_nb.core.study import load_study
+from speedrun_nb.evidence.case import make_case
 
 DATA = os.environ.get("SPEEDRUN_DATA")
 STUDY = load_study("cifar")
@@ -233,7 +248,7 @@ def test_findings_for_records_read_back(tmp_path):
 def published(tmp_path_factory):
     "The published runs, imported: a case for each study."
     if not DATA: pytest.skip("SPEEDRUN_DATA is not set: published runs are not available")
-    from speedrun_nb.evidence.imports import import_runs
+    from speedrun_nb.importing.import_ import import_runs
     outputs = tmp_path_factory.mktemp("published")
     import_runs(Path(DATA) / "published", outputs, map_file="params/maps/published.yaml")
     frame, problems = read_runs(outputs)

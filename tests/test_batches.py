@@ -1,7 +1,7 @@
 "Batches from end to end: papermill, the `speedrun` command and the module make the same runs; and whatever happens, finished runs stay."
 import dataclasses
-import hashlib
 import functools
+import hashlib
 import json
 import os
 import random
@@ -30,22 +30,24 @@ from conftest import (
     stub_train,
 )
 
-from speedrun_nb.cifar import train as training
 from speedrun_nb.cifar.data import load_cifar10, load_data
 from speedrun_nb.cifar.settings import DATASETS
+from speedrun_nb.cifar.train import train as training
 from speedrun_nb.core import batch as batches
 from speedrun_nb.core.batch import plan_batch, run_batch
-from speedrun_nb.core.config import SpeedrunError
 from speedrun_nb.core.data import DataFile
-from speedrun_nb.core.project import load_study, profile_names, resolve, study_names, variant_names
+from speedrun_nb.core.errors import SpeedrunError
 from speedrun_nb.core.provenance import batch_state, host_id
-from speedrun_nb.core.records import Result, read_runs, run_id
+from speedrun_nb.core.records import Result, run_id
+from speedrun_nb.core.runs import read_runs
+from speedrun_nb.core.study import load_study, study_names
+from speedrun_nb.core.variants import profile_names, resolve, variant_names
 
 RECORD = set("""schema run_id study profile variant config config_hash seed repeat batch sweep block order host_id device precision threads package_hash status error
     started_at ended_at time_seconds clock metrics curve peak_memory_bytes fingerprint""".split())
 PROVENANCE = set("""git package_hash packages python os host_id cpu cpu_count gpus cuda study profile variant config seeds command data device precision threads
     warmup_seconds started_at ended_at status pid pid_started pid_namespace boot_id heartbeat_seconds""".split())
-MODULE = [BIN / "python", "-m", "speedrun_nb.cifar.batch"]
+MODULE = [BIN / "python", "-m", "speedrun_nb.core.batch"]
 TINY_RUN = ["-p", "profile", "demo", "-p", "overrides", TINY_WORDS]
 MANY = 200  # runs of a batch that is still running when it is stopped
 
@@ -363,7 +365,7 @@ def one_thread():
 
 @pytest.fixture
 def train_batch(clean_environment, one_thread, capsys, tmp_path):
-    "`python -m speedrun_nb.cifar.batch` within this process: exit code, error text, records, provenance."
+    "`python -m speedrun_nb.core.batch` within this process: exit code, error text, records, provenance."
     def run(*words, train=None):
         capsys.readouterr()
         outputs = tmp_path / f"outputs-{random.getrandbits(32)}"

@@ -13,13 +13,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from conftest import DEADLINE, call, finish, start
-
-from speedrun_nb.core import collect as collecting
-from speedrun_nb.core.collect import CACHE, collect
-from speedrun_nb.core.config import SpeedrunError
 from speedrun_nb.core.lines import IN_LINES
-from speedrun_nb.core.project import load_study
-from speedrun_nb.core.records import FIELDS, Ready, Result, append_record, make_record, read_records, read_runs
+
+from speedrun_nb.core.errors import SpeedrunError
+from speedrun_nb.core.records import FIELDS, Ready, Result, append_record, make_record, read_records
+from speedrun_nb.core.runs import CACHE, collect, read_runs
+from speedrun_nb.core.runs import collect as collecting
+from speedrun_nb.core.study import load_study
 
 STUDY = load_study("cifar")
 

@@ -9,9 +9,9 @@ from conftest import BIN, ROOT, call, copy_project, strict_json, stub_train
 
 import speedrun_nb
 from speedrun_nb.cifar.settings import METRICS
-from speedrun_nb.core import project as core_project
+from speedrun_nb.core import study as core_project
 from speedrun_nb.core.batch import plan_batch, run_batch
-from speedrun_nb.core.config import SpeedrunError
+from speedrun_nb.core.errors import SpeedrunError
 from speedrun_nb.core.records import FIELDS, Ready, Result, append_record
 from speedrun_nb.report.study import made_up_runs
 from speedrun_nb.sweep.file import promoted_file, read_stage, read_sweep
@@ -394,7 +394,7 @@ class Asked(list):
 @pytest.fixture
 def asked(monkeypatch):
     engine = Asked()
-    monkeypatch.setattr("speedrun_nb.sweep_commands._engine", lambda *given: engine)
+    monkeypatch.setattr("speedrun_nb.cli.sweep._engine", lambda *given: engine)
     return engine
 
 

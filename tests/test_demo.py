@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from speedrun_nb.cifar.train import train
-from speedrun_nb.core.project import load_study, resolve
 from speedrun_nb.core.records import Result
+from speedrun_nb.core.study import load_study
+from speedrun_nb.core.variants import resolve
 
 SEEDS = (0, 1)
 

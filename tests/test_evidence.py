@@ -12,16 +12,17 @@ from scipy import stats
 from statsmodels.stats.meta_analysis import effectsize_smd
 from statsmodels.stats.weightstats import CompareMeans, DescrStatsW
 
-from speedrun_nb.core.config import Claim, Guard, Metric, SpeedrunError
+from speedrun_nb.core.errors import SpeedrunError
+from speedrun_nb.core.study import Claim, Guard, Metric
 from speedrun_nb.evidence.comparison import compare_groups as compare
-from speedrun_nb.evidence.describe import describe, finite
-from speedrun_nb.evidence.effect import cohens_d
-from speedrun_nb.evidence.estimate import MINIMUM_RUNS, difference
 from speedrun_nb.evidence.groups import Group, find_group, make_group, select, split
 from speedrun_nb.evidence.guard import non_inferiority
 from speedrun_nb.evidence.paired import choose
-from speedrun_nb.evidence.tests import relative_interval, welch
 from speedrun_nb.evidence.verdict import effect_outcome, paragraph
+from speedrun_nb.stats.describe import describe, finite
+from speedrun_nb.stats.effect import cohens_d
+from speedrun_nb.stats.estimate import MINIMUM_RUNS, difference
+from speedrun_nb.stats.tests import relative_interval, welch
 
 TIME = Metric("time_seconds", "training time", "s", "lower")
 ACCURACY = Metric("accuracy", "accuracy", "%", "higher", scale=100)
@@ -437,5 +438,5 @@ def test_profiles_are_a_choice():
 
 
 def test_evidence_does_not_import_torch():
-    code = "import sys, speedrun_nb.evidence.imports, speedrun_nb.evidence.audit, speedrun_nb.evidence.questions; sys.exit('torch' in sys.modules)"
+    code = "import sys, speedrun_nb.importing.import_, speedrun_nb.audit.audit, speedrun_nb.evidence.questions; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

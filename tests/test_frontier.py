@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from speedrun_nb.core.config import Metric
+from speedrun_nb.core.study import Metric
 from speedrun_nb.evidence.frontier import budget_groups, frontier
 from speedrun_nb.evidence.groups import Group
 

@@ -13,11 +13,12 @@ import papermill
 import pytest
 import torch
 
-from speedrun_nb.core.config import SpeedrunError
-from speedrun_nb.core.project import load_study, project_root, resolve, resolve_all
+from speedrun_nb.core.batch import plan_batch, run_batch
+from speedrun_nb.core.errors import SpeedrunError
 from speedrun_nb.core.provenance import read_provenance
 from speedrun_nb.core.records import Result, fingerprint, read_records
-from speedrun_nb.gpt.batch import plan_batch, run_batch
+from speedrun_nb.core.study import load_study, project_root
+from speedrun_nb.core.variants import resolve, resolve_all
 from speedrun_nb.gpt.launch import train
 from speedrun_nb.gpt.processes import Processes
 from speedrun_nb.gpt.train import train_seeds
@@ -173,7 +174,7 @@ def test_silence_has_an_end():
 def test_nothing_outlives_a_parent_that_is_killed(tmp_path):
     seed = 910_005
     words = ["-p", "profile", "demo", "-p", "overrides", json.dumps(LONG), "-p", "seeds", f"[{seed}]", "-p", "outputs", str(tmp_path)]
-    parent = subprocess.Popen([sys.executable, "-m", "speedrun_nb.gpt.batch", *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    parent = subprocess.Popen([sys.executable, "-m", "speedrun_nb.core.batch", *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     assert wait_until(lambda: len(ranks_of(seed)) == 2)
     parent.kill()
     parent.wait()
@@ -197,7 +198,7 @@ def test_a_run_that_broke_off_is_resumed(tmp_path):
 def test_an_interrupt_ends_everything_and_keeps_what_is_done(tmp_path):
     seed = 910_006
     words = ["-p", "profile", "demo", "-p", "overrides", json.dumps(LONG), "-p", "seeds", f"[{seed}]", "-p", "outputs", str(tmp_path)]
-    parent = subprocess.Popen([sys.executable, "-m", "speedrun_nb.gpt.batch", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    parent = subprocess.Popen([sys.executable, "-m", "speedrun_nb.core.batch", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert wait_until(lambda: len(ranks_of(seed)) == 2)
     parent.send_signal(signal.SIGINT)
     _, errors = parent.communicate(timeout=60)

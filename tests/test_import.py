@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from speedrun_nb.core.config import SpeedrunError
+from speedrun_nb.core.errors import SpeedrunError
 from speedrun_nb.core.provenance import batch_state, read_provenance
-from speedrun_nb.core.records import read_runs
+from speedrun_nb.core.runs import read_runs
 from speedrun_nb.evidence.groups import find_group, select, split
-from speedrun_nb.evidence.imports import import_runs
+from speedrun_nb.importing.import_ import import_runs
 
 ROOT = Path(__file__).resolve().parents[1]
 MAP = ROOT / "params" / "maps" / "published.yaml"

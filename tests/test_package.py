@@ -69,7 +69,7 @@ def test_requirements_and_extras_are_those_of_settings_ini(settings, distributio
 
 def test_the_command_is_that_of_settings_ini(settings, distribution):
     scripts = {entry.name: entry.value for entry in distribution.entry_points if entry.group == "console_scripts"}
-    assert scripts == dict(word.split("=") for word in settings["console_scripts"].split()) == {"speedrun": "speedrun_nb.cli:main"}
+    assert scripts == dict(word.split("=") for word in settings["console_scripts"].split()) == {"speedrun": "speedrun_nb.cli.main:main"}
 
 
 def test_nothing_is_said_twice(settings):
@@ -107,7 +107,7 @@ import importlib, pkgutil, speedrun_nb.evidence
 modules = [f"speedrun_nb.core.{{name}}" for name in ("config", "project", "records", "provenance", "batch", "data")]
 modules += [module.name for module in pkgutil.walk_packages(speedrun_nb.evidence.__path__, "speedrun_nb.evidence.")]
 for name in modules: importlib.import_module(name)
-from speedrun_nb.core.project import load_study, resolve, study_names, variant_names
+from speedrun_nb.core.variants import load_study, resolve, study_names, variant_names
 for study in map(load_study, study_names()):
     for name in variant_names(study): resolve(study, name, "demo")
 from speedrun_nb.report.study import made_up_runs
@@ -122,7 +122,7 @@ def test_settings_records_and_evidence_do_without_torch():
     assert int(done.out) >= 10
 
 
-@pytest.mark.parametrize("code", ["from speedrun_nb.core.provenance import machine_state", "import speedrun_nb.cli"])
+@pytest.mark.parametrize("code", ["from speedrun_nb.core.provenance import machine_state", "import speedrun_nb.cli.main"])
 def test_light_imports(code):
     done = call(sys.executable, "-c", f"import sys; {code}; print([name for name in ('torch', 'pandas', 'scipy', 'matplotlib', 'papermill') if name in sys.modules])")
     assert done.code == 0 and done.out.strip() == "[]"
@@ -148,7 +148,7 @@ assert {{"pandas", "tqdm", "papermill", "matplotlib", "scipy", "typer", "rich", 
 def is_forbidden(name): return name in forbidden
 {FORBID}
 import runpy
-runpy.run_module("speedrun_nb.cifar.batch", run_name="__main__", alter_sys=True)
+runpy.run_module("speedrun_nb.core.batch", run_name="__main__", alter_sys=True)
 """
 
 

@@ -10,18 +10,20 @@ from dataclasses import asdict
 import pandas as pd
 import pytest
 
+from speedrun_nb.audit.audit import audit, compare
+from speedrun_nb.audit.plans import audit_plans
 from speedrun_nb.core.batch import run_batch
-from speedrun_nb.core.config import SpeedrunError
+from speedrun_nb.core.errors import SpeedrunError
 from speedrun_nb.core.plans import FrozenPlan, freeze, plan_folder, read_plans
-from speedrun_nb.core.project import from_root, load_study, resolve
-from speedrun_nb.core.records import Ready, Result, read_runs, run_id
-from speedrun_nb.evidence.audit import audit
-from speedrun_nb.evidence.audit_plans import audit_plans
-from speedrun_nb.evidence.comparison import compare
-from speedrun_nb.evidence.findings import make_case
+from speedrun_nb.core.records import Ready, Result, run_id
+from speedrun_nb.core.runs import read_runs
+from speedrun_nb.core.study import from_root, load_study
+from speedrun_nb.core.variants import resolve
+from speedrun_nb.evidence.case import make_case
 from speedrun_nb.evidence.plans import EXPLORATORY, planned_by
-from speedrun_nb.report import evidence, planned, tables
-from speedrun_nb.report.render import render
+from speedrun_nb.render.render import render
+from speedrun_nb.report import evidence_tables as evidence
+from speedrun_nb.report import planned, tables
 from speedrun_nb.report.study import load_report, made_up_runs
 from speedrun_nb.sweep.drive import Drive
 from speedrun_nb.sweep.file import read_sweep
@@ -195,7 +197,7 @@ def test_ten_thousand_runs_are_quick():
 
 def test_claims_are_compared_as_they_are_written(sweep, tmp_path):
     "Through JSON and back nothing counts as a change: all variants of both studies."
-    from speedrun_nb.core.project import variant_names
+    from speedrun_nb.core.variants import variant_names
     from speedrun_nb.evidence.plans import claim_changes
     for study in (CIFAR, load_study("gpt")):
         variants = [resolve(study, name, "demo") for name in variant_names(study)]

@@ -13,8 +13,8 @@ pytestmark = pytest.mark.skipif(not (os.environ.get("SPEEDRUN_DATA") and PUBLISH
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory):
     "All published runs, imported with the map that is shipped."
-    from speedrun_nb.core.project import from_root
-    from speedrun_nb.evidence.imports import import_runs
+    from speedrun_nb.core.study import from_root
+    from speedrun_nb.importing.import_ import import_runs
     folder = tmp_path_factory.mktemp("published")
     report = import_runs(PUBLISHED, folder, map_file=from_root("params/maps/published.yaml"))
     assert not report.refused
@@ -142,7 +142,8 @@ def test_audit_without_being_told_the_machines(speedrun, tmp_path):
 
 
 def test_paper_of_published_runs(speedrun, outputs, tmp_path):
-    from speedrun_nb.report import evidence, words
+    from speedrun_nb.report import evidence_tables as evidence
+    from speedrun_nb.report import words
     from speedrun_nb.report.study import load_report
     report = load_report("cifar", outputs)
     assert report.profile == "published" and [g.variant for g in report.groups][0] == "baseline" and report.comparison("det_crop_backoff").verdict.outcome == "untrustworthy"

@@ -6,9 +6,9 @@ from collections import Counter, defaultdict
 
 import psutil
 import pytest
-
 from conftest import batch_folders, read_batch
-from speedrun_nb.core.config import SpeedrunError
+
+from speedrun_nb.core.errors import SpeedrunError
 from speedrun_nb.core.provenance import process_started, read_provenance
 from speedrun_nb.sweep import ray_engine
 from speedrun_nb.sweep.drive import Drive

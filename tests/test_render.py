@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from speedrun_nb.core.config import SpeedrunError
-from speedrun_nb.report import render as rendering
-from speedrun_nb.report.render import render
+from speedrun_nb.core.errors import SpeedrunError
+from speedrun_nb.render.render import render
+from speedrun_nb.render.render import render as rendering
 from speedrun_nb.report.study import made_up_runs
 
 PAPER = Path(__file__).parent / "render"
@@ -210,7 +210,7 @@ def test_missing_packages_are_named(paper, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, name, None)
             assert refused(folder) == f"rendering without Quarto needs the package {name}: pip install 'speedrun_nb[report]'"
-    blocked = "import sys; sys.modules.update(dict.fromkeys(['typst', 'pypandoc', 'nbclient', 'nbformat'])); import speedrun_nb.report.render"
+    blocked = "import sys; sys.modules.update(dict.fromkeys(['typst', 'pypandoc', 'nbclient', 'nbformat'])); import speedrun_nb.render.render"
     assert subprocess.run([sys.executable, "-c", blocked], capture_output=True).returncode == 0
 
 

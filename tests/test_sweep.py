@@ -15,16 +15,28 @@ from types import SimpleNamespace
 import faults
 import pytest
 from conftest import ROOT, call, read_batch, stub_train
-from faults import claims, completed, is_held, kill_all, processes, records, start_sweep, stub_project, wait_for, write_sweep
+from faults import (
+    claims,
+    completed,
+    is_held,
+    kill_all,
+    processes,
+    records,
+    start_sweep,
+    stub_project,
+    wait_for,
+    write_sweep,
+)
 
-from speedrun_nb.core import provenance, records as record_files
+from speedrun_nb.core import provenance
+from speedrun_nb.core import records as record_files
 from speedrun_nb.core.batch import plan_batch, record_failure, run_batch
-from speedrun_nb.core.config import SpeedrunError
+from speedrun_nb.core.errors import SpeedrunError
 from speedrun_nb.core.provenance import give_up, process_started, read_provenance, this_process
 from speedrun_nb.core.records import Ready, read_records
-from speedrun_nb.sweep.claims import Claims
 from speedrun_nb.sweep.drive import Drive
 from speedrun_nb.sweep.file import read_sweep
+from speedrun_nb.sweep.leases import Claims
 from speedrun_nb.sweep.local import LocalEngine, Slot
 from speedrun_nb.sweep.notebook import prepare
 from speedrun_nb.sweep.plan import plan

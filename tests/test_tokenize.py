@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from conftest import BIN, environment, finish, start
 
-from speedrun_nb.core.config import SpeedrunError
-from speedrun_nb.gpt import tokenize as module
+from speedrun_nb.core.errors import SpeedrunError
 from speedrun_nb.gpt.settings import Data
 from speedrun_nb.gpt.shards import open_shard, read_tokens
 from speedrun_nb.gpt.text import byte_encoding, gpt2_encoding
 from speedrun_nb.gpt.tokenize import tokenize
+from speedrun_nb.gpt.tokenize import tokenize as module
 
 CACHE = os.environ.get("TIKTOKEN_CACHE_DIR") or (Path(os.environ["SPEEDRUN_DATA"]) / "tiktoken_cache" if os.environ.get("SPEEDRUN_DATA") else "absent")
 needs_gpt2 = pytest.mark.skipif(not Path(CACHE).is_dir(), reason="needs the gpt2 vocabulary: neither TIKTOKEN_CACHE_DIR nor SPEEDRUN_DATA names it")

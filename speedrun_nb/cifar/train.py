@@ -22,8 +22,8 @@ from .model import Network, initialize, whitening_filters
 from .optimizer import Lookahead, lookahead_kept, make_optimizer, make_scheduler
 from .settings import Settings
 from ..core.clock import Clock, peak_memory, reset_peak_memory
-from ..core.config import SpeedrunError
 from ..core.device import autocast, cpu_has_bf16, keep_freed_memory, pick_device, seeded_generator
+from ..core.errors import SpeedrunError
 from ..core.records import FINGERPRINT_LOSSES, Progress, Ready, Result
 
 # %% ../../nbs/cifar/06_train.ipynb #cell-05

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import torch
 
-from ..core.config import SpeedrunError
+from ..core.errors import SpeedrunError
 from .muon import MatrixOptimizer, momentum_updates, orthogonalize, update_scale
 
 # %% ../../nbs/gpt/08_adago.ipynb #cell-05

@@ -21,10 +21,12 @@ from pathlib import Path
 
 import torch
 
-from ..core.config import SpeedrunError, to_flat
-from ..core.project import project_root
+from ..core.errors import SpeedrunError
+from ..core.words import count
 from ..core.provenance import cpu_cores
 from ..core.records import Progress, Ready, Result
+from ..core.settings import to_flat
+from ..core.study import project_root
 from .processes import LOST, check_sizes
 from .settings import Settings
 from .train import ERROR
@@ -153,6 +155,7 @@ def train(
 )->Iterator[Ready|Progress|Result]:
     "Train a batch of seeds by torchrun: yields `Ready`, then `Progress` and a `Result` for each seed. Raises `SpeedrunError` when the processes cannot start."
     world, left, known = count_processes(settings, gpus), list(seeds), False
+    print(f"starting {count(world, 'process')}; on GPUs they are first heard of when they have compiled, after some minutes", file=sys.stderr, flush=True)
     while left:
         with Child(settings, left, world, checkpoints, timeout) as child:
             for event in child.events(patience):

@@ -14,7 +14,7 @@ from itertools import accumulate
 import numpy as np
 import torch
 
-from ..core.config import SpeedrunError
+from ..core.errors import SpeedrunError
 
 # %% ../../nbs/gpt/03_loader.ipynb #cell-05
 class Ring:

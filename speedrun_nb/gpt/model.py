@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..core.config import SpeedrunError
+from ..core.errors import SpeedrunError
 from .loss import linear_cross_entropy
 from .settings import Model
 

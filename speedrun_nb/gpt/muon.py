@@ -12,8 +12,8 @@ from collections.abc import Iterable, Sequence
 import torch
 import torch.distributed as dist
 
-from ..core.config import SpeedrunError
 from ..core.device import has_bf16
+from ..core.errors import SpeedrunError
 
 # %% ../../nbs/gpt/07_muon.ipynb #cell-05
 COEFFICIENTS = 3.4445, -4.7750, 2.0315

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from ..core.config import SpeedrunError
+from ..core.errors import SpeedrunError
 
 # %% ../../nbs/gpt/11_processes.ipynb #cell-05
 _BUCKET = 2**24  # numbers in one exchange

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core.config import SpeedrunError
+from ..core.errors import SpeedrunError
 
 # %% ../../nbs/gpt/02_text.ipynb #cell-05
 def embedded_documents()->list[str]:

@@ -27,11 +27,12 @@ from pathlib import Path
 import numpy as np
 
 import speedrun_nb
-from ..core.config import SpeedrunError, one_of
 from ..core.data import file_sha256
-from ..core.project import load_study, resolve
+from ..core.errors import SpeedrunError, one_of
 from ..core.provenance import cpu_cores
 from ..core.records import write_json
+from ..core.study import load_study
+from ..core.variants import resolve
 from .settings import _NAME
 from .shards import ShardWriter, inspect_shard, numbered_shards
 from .text import byte_encoding, gpt2_encoding

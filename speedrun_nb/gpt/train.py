@@ -25,16 +25,24 @@ import torch
 
 from ..core.batch import read_seeds
 from ..core.clock import peak_memory, reset_peak_memory, synchronize
-from ..core.config import SpeedrunError, config_hash, to_flat
 from ..core.device import autocast, has_bf16, keep_freed_memory, seeded_generator
-from ..core.project import load_study, resolve
+from ..core.errors import SpeedrunError
 from ..core.records import Progress, Ready, Result
+from ..core.settings import config_hash, to_flat
+from ..core.study import load_study
+from ..core.variants import resolve
 from .compiling import CompileCounts, compile_network
 from .loader import TokenStream, validation_batches
 from .model import GPT, initialize
 from .notes import UNTIMED_STEPS, Notes, StepClock
 from .processes import Processes, check_sizes, exchange, join_processes
-from .schedules import Curriculum, DepthWarming, learning_rate_factor, make_optimizers, set_learning_rate_factor
+from speedrun_nb.gpt.schedules import (
+    Curriculum,
+    DepthWarming,
+    learning_rate_factor,
+    make_optimizers,
+    set_learning_rate_factor,
+)
 from .settings import Settings
 from .shards import Tokens, read_tokens
 
@@ -312,7 +320,7 @@ def _event_stream():
 def main(arguments:list[str]|None=None)->None:
     "Train seeds in this process, one of those that torchrun started. Leaves the interpreter."
     parser = argparse.ArgumentParser(prog="torchrun --nproc-per-node N -m speedrun_nb.gpt.train", formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     description="Train seeds in N processes and print an event a line, as JSON. Records nothing: `python -m speedrun_nb.gpt.batch` starts this, and records.",
+                                     description="Train seeds in N processes and print an event a line, as JSON. Records nothing: `python -m speedrun_nb.core.batch` starts this, and records.",
                                      epilog="example:\n  torchrun --standalone --nproc-per-node 2 -m speedrun_nb.gpt.train -p variant kv_1 -p profile demo -p seeds 0:2")
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="variant, profile, overrides or seeds; may be repeated")
     parser.add_argument("--checkpoints", type=Path, help="folder of checkpoints, for settings with train.checkpoint_every")

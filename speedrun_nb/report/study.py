@@ -14,14 +14,18 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core.config import SpeedrunError, one_of, read_yaml
+from ..audit.audit import audit_case
+from ..audit.findings import Finding
+from ..core.errors import SpeedrunError, one_of
 from ..core.plans import FrozenPlan, read_plans
-from ..core.project import Study, Variant, claim_of, from_root, load_study, profile_names, resolve, study_names, variant_names, without_stage
 from ..core.provenance import batch_state, read_provenances
-from ..core.records import append_record, read_runs, run_id, write_json
-from ..evidence.audit import audit_case
+from ..core.records import append_record, run_id, write_json
+from ..core.runs import read_runs
+from ..core.settings import read_yaml
+from ..core.study import Study, from_root, load_study, study_names
+from ..core.variants import Variant, claim_of, profile_names, resolve, variant_names, without_stage
+from ..evidence.case import Case, by_baseline, make_case, nearest_baseline, rivals
 from ..evidence.comparison import Comparison, compare_in
-from ..evidence.findings import Case, Finding, by_baseline, make_case, nearest_baseline, rivals
 from ..evidence.frontier import budget_groups
 from ..evidence.groups import Group
 

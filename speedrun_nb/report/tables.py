@@ -13,14 +13,16 @@ from collections.abc import Iterable, Sequence
 
 import pandas as pd
 
-from ..core.config import Metric, one_of, show_setting
-from ..evidence.describe import describe
+from ..core.errors import one_of
+from ..core.settings import show_setting
+from ..core.study import Metric
+from ..core.words import finer, p_value
 from ..evidence.comparison import raw_answer
 from ..evidence.groups import Group
 from ..evidence.plans import EXPLORATORY
-from ..evidence.verdict import finer, p_value
-from .batch import cells, main_metrics, markdown
 from .study import StudyReport
+from .style import cells, main_metrics, markdown
+from ..stats.describe import describe
 
 # %% ../../nbs/report/02_tables.ipynb #cell-05
 NBSP = "\N{NO-BREAK SPACE}"

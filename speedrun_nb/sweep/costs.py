@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core.config import config_hash
-from ..core.project import Variant
 from ..core.provenance import batch_state, last_heartbeat
 from ..core.records import read_records
+from ..core.settings import config_hash
+from ..core.variants import Variant
 
 # %% ../../nbs/sweep/08_costs.ipynb #cell-05
 def state_and_end(

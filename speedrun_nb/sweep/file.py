@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.batch import read_seeds
-from ..core.config import Guard, SpeedrunError, one_of, read_yaml
+from ..core.errors import SpeedrunError, one_of
 from ..core.plans import FOLDER
-from ..core.project import Study, Variant, choose_profile, from_root, load_study, resolve
+from ..core.settings import read_yaml
+from ..core.study import Guard, Study, from_root, load_study
+from ..core.variants import Variant, choose_profile, resolve
 
 # %% ../../nbs/sweep/00_file.ipynb #cell-05
 @dataclass(frozen=True)

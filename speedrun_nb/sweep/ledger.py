@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core.config import parse_yaml
 from ..core.plans import FrozenPlan, read_plans
-from ..core.records import read_runs
-from .cells import DONE
+from ..core.runs import read_runs
+from ..core.settings import parse_yaml
 from .costs import read_costs
+from .state import DONE
 
 # %% ../../nbs/sweep/13_ledger.ipynb #cell-05
 BATCH = ["study", "profile", "variant", "batch"]

@@ -19,9 +19,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core.config import SpeedrunError
-from ..core.project import cuda_is_available, project_root
+from ..core.errors import SpeedrunError
 from ..core.provenance import host_id
+from ..core.study import project_root
+from ..core.variants import cuda_is_available
 from .worker import end_children
 
 # %% ../../nbs/sweep/06_local.ipynb #cell-04

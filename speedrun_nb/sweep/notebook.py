@@ -6,26 +6,32 @@
 __all__ = ['prepare', 'run_notebook']
 
 # %% ../../nbs/sweep/02_notebook.ipynb #cell-03
-import functools
-import importlib
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
-from ..core.batch import BatchPlan, batch_name, default_parameters, make_folder, notebook_parameters, plan_batch, record_failure
-from ..core.config import SpeedrunError
-from ..core.project import load_study, project_root
+from speedrun_nb.core.batch import (
+    BatchPlan,
+    batch_name,
+    check_machine,
+    default_parameters,
+    make_folder,
+    notebook_parameters,
+    plan_batch,
+    record_failure,
+)
+from ..core.errors import SpeedrunError
 from ..core.provenance import note
+from ..core.study import project_root
 
 # %% ../../nbs/sweep/02_notebook.ipynb #cell-05
 def prepare(
     study:str,
     parameters:Mapping,  # of the run notebook
-    plan:Callable[..., BatchPlan]|None=None, # the study's own, which knows more but loads what it trains with
 )->BatchPlan:
     "Validate a batch and choose its folder. Raises `SpeedrunError`; starts nothing."
-    return (plan or functools.partial(plan_batch, study))(**notebook_parameters({"batch": batch_name(), **parameters}, default_parameters(study)))
+    return plan_batch(study, **notebook_parameters({"batch": batch_name(), **parameters}, default_parameters(study)))
 
 def run_notebook(
     study:str,
@@ -33,7 +39,8 @@ def run_notebook(
     echo:bool=True,               # show what the notebook prints while it runs
 )->Path:                          # the batch's folder
     "Execute nbs/run_<study>.ipynb. Raises `SpeedrunError` with the last line of the notebook's error."
-    checked, began = prepare(study, parameters, importlib.import_module(f"speedrun_nb.{load_study(study).name}.batch").plan_batch), time.perf_counter()
+    checked, began = prepare(study, parameters), time.perf_counter()
+    check_machine(checked)
     given = dict(parameters) | {"batch": checked.batch, "profile": checked.variant.profile, "outputs": str(checked.outputs)}
     make_folder(checked)
     try: _execute(study, given, checked.folder / "notebook.ipynb", sys.stderr if echo else None)

@@ -11,9 +11,9 @@ import random
 from dataclasses import asdict, dataclass
 
 from ..core.plans import FrozenPlan
-from ..core.project import project_root
 from ..core.provenance import git_state, host_id, package_hash, utc_now
 from ..core.records import run_id
+from ..core.study import project_root
 from .file import Condition, Sweep
 
 # %% ../../nbs/sweep/01_plan.ipynb #cell-04

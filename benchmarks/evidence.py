@@ -29,7 +29,7 @@ BYTES = 2800           # of a record, rounded up
 
 def template(study, variant, batch, block):
     "A record as a batch would write it, what differs from run to run marked by names in @."
-    from speedrun_nb.core.records import Ready, Result, finite, make_record
+    from speedrun_nb.core.records import Ready, Result, json_ready, make_record
     from speedrun_nb.core.variants import resolve
 
     resolved = resolve(study, variant, PROFILE)
@@ -37,7 +37,7 @@ def template(study, variant, batch, block):
                 host_id="5f2a9c1e7b3d", package_hash="0d9c4f6a1b2e", clock=study.clock, started_at="@started@", ended_at="@ended@")
     result = Result("@seed@", "completed", "@time@", {name: f"@{name}@" for name in ("accuracy", "accuracy_plain", "train_loss")}, "@curve@", [], 9 << 30, "@regions@")
     record = make_record(result, Ready("NVIDIA A100-SXM4-40GB", "fp16", 8, 1.0, {}), cell, study.metrics)
-    return finite(record | {"run_id": "@run_id@", "fingerprint": "@fingerprint@"})
+    return json_ready(record | {"run_id": "@run_id@", "fingerprint": "@fingerprint@"})
 
 
 def write_runs(outputs, runs):

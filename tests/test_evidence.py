@@ -17,7 +17,7 @@ from speedrun_nb.core.study import Claim, Guard, Metric
 from speedrun_nb.evidence.comparison import compare_groups as compare
 from speedrun_nb.evidence.groups import Group, find_group, make_group, select, split
 from speedrun_nb.evidence.guard import non_inferiority
-from speedrun_nb.evidence.paired import choose
+from speedrun_nb.evidence.paired import choose_estimate
 from speedrun_nb.evidence.verdict import effect_outcome, paragraph
 from speedrun_nb.stats.describe import describe, finite
 from speedrun_nb.stats.effect import cohens_d
@@ -252,7 +252,7 @@ def test_the_estimate_that_the_design_asks_for_keeps_its_error_rate(design):
                            time_seconds=4.4 + slow + spread * (shared + own * rng.normal(size=n)))
             runs = pd.DataFrame(columns)
             sides.append(Group("cifar", "full", name, name, {}, runs, 0, 0, runs.iloc[:0], name))
-        found.append(choose(*sides, TIME))
+        found.append(choose_estimate(*sides, TIME))
     methods = {e.method for e in found}
     assert methods <= ({"stratified"} if hosts * blocks > 1 else {"paired", "welch"}) and (design != "pairs" or "paired" in methods)
     assert np.mean([e.p() < 0.05 for e in found]) < 0.05 + 3 * np.sqrt(0.05 * 0.95 / 600)

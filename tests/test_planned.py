@@ -14,7 +14,7 @@ from speedrun_nb.audit.audit import audit, compare
 from speedrun_nb.audit.plans import audit_plans
 from speedrun_nb.core.batch import run_batch
 from speedrun_nb.core.errors import SpeedrunError
-from speedrun_nb.core.plans import FrozenPlan, freeze, plan_folder, read_plans
+from speedrun_nb.core.plans import SweepPlan, freeze, plan_folder, read_plans
 from speedrun_nb.core.records import Ready, Result, run_id
 from speedrun_nb.core.runs import read_runs
 from speedrun_nb.core.study import from_root, load_study
@@ -120,7 +120,7 @@ def test_what_a_claim_was_when_it_was_planned_counts(sweep, tmp_path):
     frozen = as_frozen(read_sweep("cifar_demo"))
     bold = json.loads(json.dumps(frozen.design))
     next(c for c in bold["conditions"] if c["name"] == "det_crop")["claim"]["at_least"] = 0.3
-    bolder = freeze(FrozenPlan("cifar_demo", bold, frozen.circumstances), tmp_path)
+    bolder = freeze(SweepPlan("cifar_demo", bold, frozen.circumstances), tmp_path)
     for condition in bolder.conditions: run(tmp_path, condition["variant"], "0:5", sweep=bolder.name)
     freeze(frozen, tmp_path)
     report = load_report("cifar", tmp_path)
@@ -185,7 +185,7 @@ def test_papers_tell_of_their_plans(sweep, tmp_path, monkeypatch):
 
 def test_ten_thousand_runs_are_quick():
     conditions = [dict(name=f"v{i}", variant=f"v{i}", config_hash=f"h{i}", claim=None) for i in range(50)]
-    plan = FrozenPlan("large", dict(study="cifar", profile="demo", conditions=conditions, seeds=list(range(200)), repeats=1, seeds_per_batch=4, stop="fixed", order=[[*range(50)]] * 50), dict(frozen_at="2026-01-01T00:00:00+00:00"))
+    plan = SweepPlan("large", dict(study="cifar", profile="demo", conditions=conditions, seeds=list(range(200)), repeats=1, seeds_per_batch=4, stop="fixed", order=[[*range(50)]] * 50), dict(frozen_at="2026-01-01T00:00:00+00:00"))
     rows = pd.DataFrame([dict(study="cifar", profile="demo", variant=c["variant"], config={}, config_hash=c["config_hash"], seed=s, repeat=0, batch="b", block=s // 4, sweep=plan.name, status="completed", package_hash="0",
                               run_id=run_id("cifar", "demo", c["config_hash"], s, 0), started_at=f"2026-01-02T00:{s // 60:02d}:{s % 60:02d}+00:00", time_seconds=1.0) for c in conditions for s in range(200)])
     begin = time.process_time()
@@ -202,5 +202,5 @@ def test_claims_are_compared_as_they_are_written(sweep, tmp_path):
     for study in (CIFAR, load_study("gpt")):
         variants = [resolve(study, name, "demo") for name in variant_names(study)]
         conditions = [dict(name=v.name, variant=v.name, config_hash=v.config_hash, claim=v.claim and asdict(v.claim)) for v in variants]
-        plan = freeze(FrozenPlan("all", dict(study=study.name, profile="demo", conditions=conditions, seeds=[0], repeats=1), dict(frozen_at="2026-01-01T00:00:00+00:00")), tmp_path)
+        plan = freeze(SweepPlan("all", dict(study=study.name, profile="demo", conditions=conditions, seeds=[0], repeats=1), dict(frozen_at="2026-01-01T00:00:00+00:00")), tmp_path)
         assert claim_changes(plan, study) == {} and any(c["claim"] for c in plan.conditions)

@@ -16,7 +16,7 @@ from .findings import SEVERITIES, Finding
 from .plans import audit_plans
 from .results import audit_results
 from .runs import audit_runs
-from ..core.plans import FrozenPlan
+from ..core.plans import SweepPlan
 from ..core.study import Study, load_study
 from ..core.variants import claim_of, plain_hashes
 from ..evidence.case import Case, by_baseline, focus, make_case, named_group
@@ -46,7 +46,7 @@ def audit(
     study:Study,
     profile:str|None=None,                    # all that have runs by default
     provenances:Mapping[str,dict]|None=None,  # by "study/profile/variant/batch"
-    plans:Mapping[str,FrozenPlan]|None=None,  # of `read_plans`
+    plans:Mapping[str,SweepPlan]|None=None,  # of `read_plans`
 )->list[Finding]:
     "Look at all runs of a study. Raises `SpeedrunError` where there are none."
     profiles = [profile] if profile else sorted(set(frame.loc[frame["study"] == study.name, "profile"])) or [None]
@@ -66,7 +66,7 @@ def compare(
     metric:str|None=None,                     # the claim's by default, or else time
     conditions:Mapping[str,str]|None=None,    # only runs with these values: column or dotted setting -> value
     provenances:Mapping[str,dict]|None=None,  # by "study/profile/variant/batch", for the audit
-    plans:Mapping[str,FrozenPlan]|None=None,  # of `read_plans`, likewise
+    plans:Mapping[str,SweepPlan]|None=None,  # of `read_plans`, likewise
 )->Comparison:
     "Compare two variants by name. Raises `SpeedrunError` naming what is there."
     study = load_study(study) if isinstance(study, str) else study

@@ -21,7 +21,7 @@ import pandas as pd
 from scipy import stats
 
 from .findings import Finding
-from ..core.records import finite as json_ready
+from ..core.records import json_ready
 from ..core.words import listed, percent
 from ..evidence.case import Case
 

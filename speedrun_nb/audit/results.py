@@ -10,7 +10,7 @@ __all__ = ['ALPHA', 'check_guard_missed', 'check_target_missed', 'check_frontier
 from collections.abc import Iterable
 
 from .findings import Finding
-from ..core.records import finite as json_ready
+from ..core.records import json_ready
 from ..core.study import Metric
 from ..core.words import count, listed, p_value, rough_amount
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import pandas as pd
 
-from ..core.plans import FrozenPlan
+from ..core.plans import SweepPlan
 from ..core.study import Study
 from ..core.variants import profile_names, resolve
 from .groups import Group, select, split
@@ -29,7 +29,7 @@ class Case:
     baseline:Group|None            # what the others are compared with
     provenances:Mapping[str,dict]  # provenance.json by "study/profile/variant/batch"
     own:bool                       # runs of this project, in one of its profiles; otherwise published elsewhere
-    plans:Mapping[str,FrozenPlan]|None=None  # that were frozen for them; the column `plan` of rows and groups names each run's. None: nobody looked
+    plans:Mapping[str,SweepPlan]|None=None  # that were frozen for them; the column `plan` of rows and groups names each run's. None: nobody looked
 
     def provenance(self, variant:str, batch:str)->dict:
         "Where a batch comes from; empty if that was not recorded."
@@ -65,7 +65,7 @@ def make_case(
     study:Study,
     profile:str|None=None,                      # the only one present by default
     provenances:Mapping[str,dict]|None=None,    # by "study/profile/variant/batch"
-    plans:Mapping[str,FrozenPlan]|None=None,    # of `read_plans`, of any study and profile
+    plans:Mapping[str,SweepPlan]|None=None,    # of `read_plans`, of any study and profile
 )->Case:
     "Group the runs of one study in one profile. Raises `SpeedrunError` where there are none, or several profiles."
     rows = select(frame, study.name, profile)

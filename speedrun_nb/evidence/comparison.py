@@ -16,7 +16,7 @@ from .case import Case, named_group, rivals
 from .frontier import Frontier, budget_groups, frontier
 from .groups import Group
 from .guard import GuardResult, guard_groups
-from .paired import Paired, choose, paired
+from .paired import Paired, choose_estimate, paired
 from .strata import Stratified, Stratum, samples, strata, stratified, stratum_labels
 from .target import TargetResult, target
 from .verdict import Verdict, decide
@@ -59,7 +59,7 @@ def raw_answer(
     metric:Metric,
 )->Answer:
     "The difference between the groups by the first of the three rules that applies."
-    e, d = choose(baseline, variant, metric), difference(variant.values(metric.name), baseline.values(metric.name), metric)
+    e, d = choose_estimate(baseline, variant, metric), difference(variant.values(metric.name), baseline.values(metric.name), metric)
     if e is None: return Answer("welch", d.absolute, d.relative, None, None, None, None)
     interval = d.ci95_relative if e.method == "welch" and e.n == _values(baseline, metric) + _values(variant, metric) else e.relative_interval()
     return Answer(e.method, e.absolute, e.relative, e.interval(), interval, e.p(), e.better(metric), _statistic(e), _within(e, baseline, variant, metric))
@@ -227,7 +227,7 @@ def compare_groups(
 def significance(case:Case, baseline:Group, metric:Metric, more:Iterable[Group]=())->dict[str,tuple[float|None,bool|None]]:
     "Two-sided p of everything that is compared with a baseline, by name, and whether it is better; with `more` groups."
     groups = {g.name: g for g in (*rivals(case, baseline), *more)}
-    estimates = {name: choose(baseline, g, metric) for name, g in groups.items()}
+    estimates = {name: choose_estimate(baseline, g, metric) for name, g in groups.items()}
     return {name: (e and e.p(), e and e.better(metric)) for name, e in estimates.items()}
 
 def related_to(all_p:Mapping[str,tuple], name:str)->Family|None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ..core.errors import SpeedrunError
 from ..core.study import Metric
 from .groups import Group
-from .paired import choose
+from .paired import choose_estimate
 from ..stats.describe import Description, describe
 from ..stats.estimate import MINIMUM_RUNS, Estimate, welch_estimate
 from ..stats.tests import ALPHA, LEVEL
@@ -78,4 +78,4 @@ def guard_groups(
     margin:float,  # largest tolerable worsening, in the stored unit
 )->GuardResult:
     "The guard by the estimate that the design asks for: within strata, in pairs, or Welch's."
-    return guard(choose(baseline, variant, metric), metric, margin, *(describe(g.values(metric.name)) for g in (baseline, variant)))
+    return guard(choose_estimate(baseline, variant, metric), metric, margin, *(describe(g.values(metric.name)) for g in (baseline, variant)))

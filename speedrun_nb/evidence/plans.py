@@ -13,7 +13,7 @@ from dataclasses import asdict
 
 import pandas as pd
 
-from ..core.plans import FrozenPlan
+from ..core.plans import SweepPlan
 from ..core.records import run_id
 from ..core.settings import show_setting
 from ..core.study import Study, load_study, study_names
@@ -24,7 +24,7 @@ EXPLORATORY = "exploratory"
 
 def planned_by(
     frame:pd.DataFrame,              # one row per run record, of any studies and profiles
-    plans:Mapping[str, FrozenPlan],  # by name
+    plans:Mapping[str, SweepPlan],  # by name
 )->pd.Series:                        # on the same index: name of the plan, `EXPLORATORY`, or None for runs made elsewhere
     "Under which plan each run was made."
     cells = {name: plan.cells() for name, plan in plans.items()}
@@ -39,7 +39,7 @@ STATES = {"done": "completed under the plan", "shared": "completed under another
 def _when(values)->pd.Series: return pd.to_datetime(values, utc=True, format="ISO8601", errors="coerce")
 
 def cell_states(
-    plan:FrozenPlan,
+    plan:SweepPlan,
     rows:pd.DataFrame,  # every record of its study and profile, with the column `plan` of `planned_by`
 )->dict[str, str]:      # run_id -> one of `STATES`
     "What became of each run that was planned."
@@ -51,7 +51,7 @@ def cell_states(
     return dict.fromkeys(cells, "left") | {cell: state(*run) for cell, *run in zip(mine["run_id"], mine["status"], mine["plan"], strict=True)}
 
 def progress(
-    plan:FrozenPlan,
+    plan:SweepPlan,
     states:Mapping[str, str],  # `cell_states`
 )->list[Counter]:              # one for each condition: how many runs are in which of `STATES`
     "Planned against done, by condition."
@@ -60,7 +60,7 @@ def progress(
     return found
 
 def complete_blocks(
-    plan:FrozenPlan,
+    plan:SweepPlan,
     states:Mapping[str, str],  # `cell_states`
 )->int:
     "How many blocks have all their runs."
@@ -70,13 +70,13 @@ def complete_blocks(
     return sum(whole(*block) for block in blocks)
 
 # %% ../../nbs/evidence/01_plans.ipynb #cell-10
-def made_before(plan:FrozenPlan, rows:pd.DataFrame)->int:
+def made_before(plan:SweepPlan, rows:pd.DataFrame)->int:
     "How many runs of the plan's conditions had started when it was frozen."
     mine = rows[rows["config_hash"].isin([c["config_hash"] for c in plan.conditions])]
     return int((_when(mine["started_at"]) < pd.Timestamp(plan.circumstances["frozen_at"])).sum())
 
 def blocks_in_order(
-    plan:FrozenPlan,
+    plan:SweepPlan,
     rows:pd.DataFrame,  # as for `cell_states`
 )->tuple[int, int]:     # blocks in which the conditions started in the planned order, of how many
     "Was the order kept? Blocks in which fewer than two conditions ran say nothing."
@@ -89,7 +89,7 @@ def blocks_in_order(
         kept += ran == [place for place in order[int(block)] if place in ran]
     return kept, known
 
-def other_code(plan:FrozenPlan, rows:pd.DataFrame)->int:
+def other_code(plan:SweepPlan, rows:pd.DataFrame)->int:
     "How many runs under the plan were made by another package than was there when it was frozen."
     mine, frozen = rows.loc[rows["plan"] == plan.name, "package_hash"].dropna(), plan.circumstances.get("package_hash")
     return int((mine != frozen).sum()) if frozen else 0
@@ -102,7 +102,7 @@ def _flat(claim)->dict:
     return claim | {f"guard.{name}": value for name, value in guard.items()}
 
 def claim_changes(
-    plan:FrozenPlan,
+    plan:SweepPlan,
     study:Study,
 )->dict[str, str]:  # by variant: what was changed, in words
     "The claims that are not what they were when the plan was frozen."

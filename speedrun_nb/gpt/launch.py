@@ -22,11 +22,11 @@ from pathlib import Path
 import torch
 
 from ..core.errors import SpeedrunError
-from ..core.words import count
 from ..core.provenance import cpu_cores
 from ..core.records import Progress, Ready, Result
 from ..core.settings import to_flat
 from ..core.study import project_root
+from ..core.words import count
 from .processes import LOST, check_sizes
 from .settings import Settings
 from .train import ERROR

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from ..core.errors import SpeedrunError
 from ..core.provenance import utc_now
-from ..core.records import SCHEMA, fingerprint, finite, write_json
+from ..core.records import SCHEMA, fingerprint, json_ready, write_json
 from ..core.settings import config_hash
 from ..core.study import Study, load_study
 
@@ -298,7 +298,7 @@ def write_batch(
     try:
         part.mkdir(parents=True)
         with open(part / "runs.jsonl", "w", encoding="utf-8") as file:
-            for record in records: file.write(json.dumps(finite(record), allow_nan=False, ensure_ascii=False) + "\n")
+            for record in records: file.write(json.dumps(json_ready(record), allow_nan=False, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
         write_json(part / "provenance.json", import_provenance(batch, study))

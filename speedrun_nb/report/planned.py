@@ -10,7 +10,7 @@ from collections import Counter
 
 import pandas as pd
 
-from ..core.plans import FrozenPlan
+from ..core.plans import SweepPlan
 from ..core.words import count, listed
 from speedrun_nb.evidence.plans import (
     EXPLORATORY,
@@ -29,9 +29,9 @@ from .style import markdown
 # %% ../../nbs/report/07_planned.ipynb #cell-05
 def _rows(report)->pd.DataFrame: return report.frame if "plan" in report.frame else report.frame.assign(plan=None)
 
-def _used(report)->dict[str, FrozenPlan]: return {name: plan for name, plan in report.plans.items() if name in set(_rows(report)["plan"])}
+def _used(report)->dict[str, SweepPlan]: return {name: plan for name, plan in report.plans.items() if name in set(_rows(report)["plan"])}
 
-def _shown(report)->dict[str, FrozenPlan]:
+def _shown(report)->dict[str, SweepPlan]:
     "Plans under which something was run; where nothing was, the last."
     return _used(report) or dict(list(report.plans.items())[-1:])
 

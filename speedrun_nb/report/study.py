@@ -17,7 +17,7 @@ import pandas as pd
 from ..audit.audit import audit_case
 from ..audit.findings import Finding
 from ..core.errors import SpeedrunError, one_of
-from ..core.plans import FrozenPlan, read_plans
+from ..core.plans import SweepPlan, read_plans
 from ..core.provenance import batch_state, read_provenances
 from ..core.records import append_record, run_id, write_json
 from ..core.runs import read_runs
@@ -45,7 +45,7 @@ class StudyReport:
     provenances:dict[str, dict]   # provenance.json by batch folder, relative to outputs
     problems:list[str]            # damaged records, batches that did not end
     elsewhere:dict[str, int] = field(default_factory=dict)  # where this profile has no runs: how many others have
-    plans:dict[str, FrozenPlan] = field(default_factory=dict)  # that were frozen for this profile, by name; the column `plan` of `frame` and groups names each run's
+    plans:dict[str, SweepPlan] = field(default_factory=dict)  # that were frozen for this profile, by name; the column `plan` of `frame` and groups names each run's
 
     @property
     def notice(self)->str:

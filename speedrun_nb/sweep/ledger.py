@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core.plans import FrozenPlan, read_plans
+from ..core.plans import SweepPlan, read_plans
 from ..core.runs import read_runs
 from ..core.settings import parse_yaml
 from .costs import read_costs
@@ -46,7 +46,7 @@ def read_batches(
     return batches.assign(hours=batches["seconds"] * each, lost=lost * each, training=batches["training"].astype(float) * each, finished=batches["finished"].astype(float).fillna(0), broken=batches["broken"].astype(float).fillna(0))
 
 # %% ../../nbs/sweep/13_ledger.ipynb #cell-08
-def _price(plan:FrozenPlan)->float|None:
+def _price(plan:SweepPlan)->float|None:
     "Of an hour of a device, as the sweep file had it."
     return ((parse_yaml(plan.circumstances.get("file") or "", f"{plan.name}: file") or {}).get("budget") or {}).get("price_per_hour")
 

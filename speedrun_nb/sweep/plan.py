@@ -10,7 +10,7 @@ import functools
 import random
 from dataclasses import asdict, dataclass
 
-from ..core.plans import FrozenPlan
+from ..core.plans import SweepPlan
 from ..core.provenance import git_state, host_id, package_hash, utc_now
 from ..core.records import run_id
 from ..core.study import project_root
@@ -56,10 +56,10 @@ def plan(sweep:Sweep)->list[PlannedBatch]:
     return batches
 
 # %% ../../nbs/sweep/01_plan.ipynb #cell-07
-def as_frozen(sweep:Sweep)->FrozenPlan:
+def as_frozen(sweep:Sweep)->SweepPlan:
     "The plan of a sweep, as it is to be written down."
     conditions = [dict(name=c.name, variant=c.variant.name, title=c.variant.title, overrides=c.variant.overrides, config_hash=c.variant.config_hash, claim=c.variant.claim and asdict(c.variant.claim)) for c in sweep.conditions]
     design = dict(study=sweep.study.name, profile=sweep.profile, conditions=conditions, seeds=list(sweep.seeds), repeats=sweep.repeats, seeds_per_batch=sweep.seeds_per_batch,
                   order=[order for _, _, order in blocks(sweep)], stop=sweep.stop, gpus_per_batch=sweep.gpus_per_batch, stage=sweep.stage and asdict(sweep.stage))
     git = git_state(project_root())
-    return FrozenPlan(sweep.name, design, dict(frozen_at=utc_now(), commit=git["commit"], dirty=git["dirty"], diff_hash=git["diff_hash"], package_hash=package_hash(), host_id=host_id(), file=sweep.text))
+    return SweepPlan(sweep.name, design, dict(frozen_at=utc_now(), commit=git["commit"], dirty=git["dirty"], diff_hash=git["diff_hash"], package_hash=package_hash(), host_id=host_id(), file=sweep.text))

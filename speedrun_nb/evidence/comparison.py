@@ -21,7 +21,8 @@ from .strata import Stratified, Stratum, samples, strata, stratified, stratum_la
 from .target import TargetResult, target
 from .verdict import Verdict, decide
 from ..stats.describe import Description, describe, plain
-from ..stats.effect import Effect, bca_interval, effect
+from ..stats.bootstrap import bca_interval
+from ..stats.effect import Effect, effect
 from ..stats.estimate import Difference, difference
 from ..stats.family import Family, family
 from ..stats.permutation import Permutation, permutation_test

@@ -14,7 +14,7 @@ from ..core.variants import claim_of, plain_hashes, variant_names
 from .case import Case, rivals
 from .groups import Group, find_group
 from .paired import paired
-from ..stats.power import Plan, plan_study
+from .power_analysis import PowerAnalysis, power_analysis
 
 # %% ../../nbs/evidence/10_questions.ipynb #cell-05
 def read_margin(
@@ -63,11 +63,11 @@ def plan_case(
     runs:int|None=None,         # on each side: what could they have detected?
     price:float|None=None,      # of an hour
     baseline:str="baseline",    # whose runs show the spread
-)->Plan:
+)->PowerAnalysis:
     "Plan a comparison from the runs that there are. Raises `SpeedrunError` where they do not allow it."
     study = case.study
     if metric not in study.metrics: raise SpeedrunError(f'there is no metric "{metric}".{nearest(metric, study.metrics)} Metrics: {", ".join(study.metrics)}.')
     hashes = plain_hashes(study, case.profile, [baseline.partition("@")[0]])
     group, kept = find_group(case.rows, baseline, hashes), read_margin(margin, study)
-    return plan_study(group, study.metrics[metric], effect, power, margin=kept and (*kept, group), price_per_hour=price, overhead_seconds=overhead_seconds(case, group),
+    return power_analysis(group, study.metrics[metric], effect, power, margin=kept and (*kept, group), price_per_hour=price, overhead_seconds=overhead_seconds(case, group),
                       n=runs, correlation=known_correlation(case, group, study.metrics[metric]))

@@ -18,6 +18,7 @@ import yaml
 
 from ..core.errors import SpeedrunError
 from .execute import execute, extra
+from .front import FILES, front_mistakes, kernel_of, read_document, template_variables, title_block
 from .layout import copy_in, data_address, fit_tables, for_typst, images, leftovers
 from speedrun_nb.render.numbers import (
     Counters,
@@ -29,7 +30,6 @@ from speedrun_nb.render.numbers import (
     resolve_references,
 )
 from .qmd import for_format, only_quarto, split_parts
-from .settings import FILES, front_mistakes, kernel_of, read_document, template_variables, title_block
 from .templates import write_template
 from .tree import targets
 

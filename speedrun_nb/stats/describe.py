@@ -89,17 +89,17 @@ def plain(
 @dataclass(frozen=True)
 class Description:
     "A sample of one metric; every value but the counts and `cv` is in the metric's stored unit."
-    n:int                               # finite values, from which all the rest is computed
-    missing:int                         # values that were absent or not finite
-    mean:float|None=None
-    sd:float|None=None                  # sample standard deviation (ddof 1); None for n < 2
-    median:float|None=None
-    min:float|None=None
-    max:float|None=None
-    ci95:tuple[float,float]|None=None   # 95 % t interval for the mean; None for n < 2 and without spread
-    ci99:tuple[float,float]|None=None   # 99 % t interval for the mean
-    percentiles:dict[str,float]|None=None  # "5", "25", "75", "90", "95", "99"
-    cv:float|None=None                  # sd / mean; None without sd and where the mean is not positive
+    n:int                             # finite values, from which all the rest is computed
+    missing:int                       # values that were absent or not finite
+    mean:float|None
+    sd:float|None                     # sample standard deviation (ddof 1); None for n < 2
+    median:float|None
+    min:float|None
+    max:float|None
+    ci95:tuple[float,float]|None      # 95 % t interval for the mean; None for n < 2 and without spread
+    ci99:tuple[float,float]|None      # 99 % t interval for the mean
+    percentiles:dict[str,float]|None  # "5", "25", "75", "90", "95", "99"
+    cv:float|None                     # sd / mean; None without sd and where the mean is not positive
 
     def as_dict(self)->dict:
         "Plain numbers, lists and None, ready for JSON."
@@ -113,7 +113,7 @@ def describe(
     values = list(values)
     sample = finite(values)
     missing = len(values) - len(sample)
-    if not len(sample): return Description(0, missing)
+    if not len(sample): return Description(0, missing, *[None] * 9)
     return Description(
         n=len(sample),
         missing=missing,

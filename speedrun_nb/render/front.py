@@ -103,10 +103,10 @@ _LENGTH = re.compile(r"\d+(\.\d+)?(cm|mm|in|pt|em|%)")
 def length(value, what:str)->str:
     "A length for typst. Raises `SpeedrunError` for anything else."
     if _LENGTH.fullmatch(str(value)): return str(value)
-    raise SpeedrunError(f"{what}: {value} is no length; write it like 2.5cm")
+    raise SpeedrunError(f"{what}: {value} is not a length; write it like 2.5cm")
 
 def _margins(margin)->str:
-    "The margins of a page, as typst writes them. Raises `SpeedrunError` for what is no margin."
+    "The margins of a page, as typst writes them. Raises `SpeedrunError` for anything else."
     if not isinstance(margin, dict):
         raise SpeedrunError("margin: write `x:` and `y:`, or `top:`, `bottom:`, `left:`, `right:`")
     known = ["x", "y", "top", "bottom", "left", "right"]

@@ -11,7 +11,7 @@ from collections import Counter
 from functools import partial
 
 from ..core.errors import nearest
-from .tree import attributes, element, find, text, top_level, walk
+from .tree import attributes, element, find_elements, text, top_level, walk
 
 # %% ../../nbs/render/04_numbers.ipynb #cell-04
 _NAMES = {"fig": "Figure", "tbl": "Table", "sec": "Section", "eq": "Equation"}
@@ -170,7 +170,7 @@ def resolve_references(tree, index:dict, problems:list):
 # %% ../../nbs/render/04_numbers.ipynb #cell-27
 def add_references(tree:dict, labels:set)->dict:
     "A document with a place for its references."
-    cites = find(tree, "Cite") or "nocite" in tree["meta"]
+    cites = find_elements(tree, "Cite") or "nocite" in tree["meta"]
     if not cites or "refs" in labels: return tree
     level = min(top_level(tree), 2)
     heading = element("Header", level, attributes("references", ["unnumbered"]), [element("Str", "References")])

@@ -107,7 +107,7 @@ def power(
 
 # %% ../../nbs/stats/10_power.ipynb #cell-21
 def check_power(wanted:float):
-    "Raises `SpeedrunError` for what is no probability."
+    "Raises `SpeedrunError` unless this is a probability."
     if not 0 < wanted < 1:
         raise SpeedrunError(f"power: {wanted!r} is not a probability; it is a number between 0 and 1, such as 0.8")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from speedrun_nb.core.errors import SpeedrunError
-from speedrun_nb.render import built_in
+import speedrun_nb.render.built_in as built_in
 from speedrun_nb.render.render import render
 from speedrun_nb.report.study import made_up_runs
 

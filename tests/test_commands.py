@@ -394,7 +394,7 @@ class Asked(list):
 @pytest.fixture
 def asked(monkeypatch):
     engine = Asked()
-    monkeypatch.setattr("speedrun_nb.cli.sweep._engine", lambda *given: engine)
+    monkeypatch.setattr("speedrun_nb.cli.run.make_engine", lambda *given: engine)
     return engine
 
 

@@ -17,6 +17,7 @@ LAYERS = (("core",), ("stats", "importing", "cifar", "gpt"), ("evidence",), ("au
 SIDEWAYS = {("render", "report"), ("sweep", "report")}  # the first imports the second, on the same layer
 FACADES = {"speedrun_nb.evidence"}                      # `evidence.compare` comes with the audit, which is above it
 STUDIES = ("cifar", "gpt")
+ENTRY = "main"                                          # every program has one
 LONGEST_LINE, LONGEST_CELL, MEDIAN_CELL, MANY, CROWDED, NODES = 120, 60, 12, 3, 0.10, 11.0
 FOLDERS = [folder for layer in LAYERS for folder in layer]
 
@@ -76,10 +77,15 @@ def imported(cell: Cell) -> set[str]:
 def level(module: str) -> int: return next((number for number, layer in enumerate(LAYERS) if module.split(".")[0] in layer), len(LAYERS))
 
 
-def layer_problems(cells: list[Cell]) -> list[str]:
+def read_books(folders: list[str] = FOLDERS) -> dict[Path, list[Cell]]:
+    "The code cells of each notebook, in reading order."
+    return {notebook: read_cells(notebook) for notebook in notebooks(folders)}
+
+
+def layer_problems(books: dict[Path, list[Cell]]) -> list[str]:
     "Imports that point up, or to a neighbour."
     problems = []
-    for cell in cells:
+    for cell in (cell for cells in books.values() for cell in cells):
         folder = cell.notebook.parent.name
         if not cell.exported or folder not in FOLDERS: continue
         for other in sorted({name.split(".")[0] for name in imported(cell)} - {folder}):
@@ -108,7 +114,7 @@ def public_names(books: dict[Path, list[Cell]]) -> dict[str, list[str]]:
             names = [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else []
             if isinstance(node, ast.Assign): names = [target.id for target in node.targets if isinstance(target, ast.Name)]
             for name in names:
-                if not name.startswith("_"): found[name].add("a study" if module and module.split(".")[0] in STUDIES else module)
+                if not name.startswith("_") and name != ENTRY: found[name].add("a study" if module and module.split(".")[0] in STUDIES else module)
     return {name: sorted(map(str, modules)) for name, modules in sorted(found.items()) if len(modules) > 1}
 
 
@@ -155,12 +161,12 @@ def cell_problems(cells: list[Cell]) -> list[str]:
 
 
 def main(folders: list[str]) -> int:
-    books = {notebook: read_cells(notebook) for notebook in notebooks(folders or FOLDERS)}
+    books = read_books(folders or FOLDERS)
     cells = [cell for found in books.values() for cell in found]
     print(f"{'':10} {'cells':>6} {'median':>8} {'longest':>8} {'3+ defs':>9} {'nodes':>8}  lines over {LONGEST_LINE}")
     for folder in folders or FOLDERS: print(row(folder, measure([cell for cell in cells if cell.notebook.parent.name == folder])))
     print(row("all", measure(cells)))
-    problems = cell_problems(cells) + layer_problems(cells)
+    problems = cell_problems(cells) + layer_problems(books)
     if not folders:
         problems += style_problems(measure(cells)) + order_problems(books)
         problems += [f"{name} is defined in {', '.join(modules)}" for name, modules in public_names(books).items()]

@@ -348,7 +348,7 @@ def test_import_compare_audit(speedrun, tmp_path):
         (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = speedrun("import", tmp_path / "logs", "--study", "cifar", "--host", "one", "--outputs", tmp_path / "out")
     assert done.code == 0 and len(lines_of(done.out, "experiment folder")) == 2
-    assert "imported before" in speedrun("import", tmp_path / "logs", "--study", "cifar", "--outputs", tmp_path / "out").out
+    assert "already imported" in speedrun("import", tmp_path / "logs", "--study", "cifar", "--outputs", tmp_path / "out").out
     compared = strict_json(speedrun("compare", "cifar", "baseline", "faster", "--outputs", tmp_path / "out", "--json").out)
     assert compared["profile"] == "published" and compared["difference"]["better"] is True and compared["baseline"]["n"] == 8
     (tmp_path / "logs" / "faster" / "results.jsonl").write_text("not json\n")
@@ -410,7 +410,7 @@ def test_a_sweep_runs_what_is_missing(speedrun, sweep_file, tmp_path, asked):
     outputs = tmp_path / "outputs"
     asked.broken = ("det_crop",)
     first = speedrun("sweep", sweep_file, "--outputs", outputs)
-    assert first.code == 1 and len(asked) == 8 and "4 run(s) failed" in first.err and "det_crop seeds 2: no memory" in first.err  # tried twice, and the others ran
+    assert first.code == 1 and len(asked) == 8 and "4 runs failed" in first.err and "det_crop seeds 2: no memory" in first.err  # tried twice, and the others ran
     status = {row["condition"]: row for row in strict_json(speedrun("sweep", "status", sweep_file, "--json", "--outputs", outputs).out)}
     assert [status[name]["left"] for name in ("baseline", "det_crop")] == [0, 4] and "95 % interval" in status["det_crop_backoff"]
     asked.broken = ()

@@ -1,11 +1,12 @@
 """Save what notebooks show: run the ones whose code changed, and keep the outputs that are the same on every run.
 
 Each stale notebook runs twice, each time in a process of its own. An output is kept where both runs agree, where it is
-small, and where it names nothing of this machine. Notebooks that train or explore are left alone: they show what is there.
+small, and where it names nothing of this machine. Notebooks that train or explore are left alone.
 
     python tests/save_outputs.py            # run and save (make export)
     python tests/save_outputs.py --check    # are they there? (make test)
 """
+
 import ast
 import getpass
 import hashlib
@@ -63,7 +64,11 @@ def imports_of(file: Path) -> set[str]:
     package, found = file.relative_to(ROOT).with_suffix("").parts, set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if not isinstance(node, ast.ImportFrom): continue
-        base = [*package[:len(package) - node.level], *([node.module] if node.module else [])] if node.level else [node.module]
+        base = (
+            [*package[: len(package) - node.level], *([node.module] if node.module else [])]
+            if node.level
+            else [node.module]
+        )
         name = ".".join(base)
         if name.startswith(NAME): found |= {name, *(f"{name}.{alias.name}" for alias in node.names)}
     return found
@@ -98,11 +103,17 @@ def execute(path: Path) -> list[list[dict]]:
     return outputs
 
 
+def environment() -> dict[str, str]:
+    "This environment without what steers the product: data and settings of a user."
+    return {name: value for name, value in os.environ.items() if not name.startswith("SPEEDRUN_")}
+
+
 def run_apart(path: Path) -> list[list[dict]]:
     "`execute` in a process of its own."
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "outputs.json"
-        done = subprocess.run([sys.executable, __file__, "--execute", path, target], capture_output=True, text=True)
+        command = [sys.executable, __file__, "--execute", path, target]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment())
         if done.returncode: raise SystemExit(f"{path.relative_to(ROOT)} fails:\n{done.stderr}")
         return json.loads(target.read_text())
 
@@ -126,7 +137,9 @@ def is_kept(output: dict, traces: re.Pattern) -> bool:
     if output.get("name") == "stderr" or output["output_type"] == "error": return False
     data = output.get("data", {"text/plain": output.get("text", "")})
     texts = {kind: "".join(text) for kind, text in data.items() if isinstance(text, str | list)}
-    sizes = all(len(text) <= (LARGEST_IMAGE if kind.startswith("image/") else LONGEST_TEXT) for kind, text in texts.items())
+    sizes = all(
+        len(text) <= (LARGEST_IMAGE if kind.startswith("image/") else LONGEST_TEXT) for kind, text in texts.items()
+    )
     return sizes and not any(traces.search(text) for kind, text in texts.items() if not kind.startswith("image/"))
 
 
@@ -162,7 +175,8 @@ def is_stale(path: Path) -> bool:
 def problems(path: Path) -> list[str]:
     "What a check says of a notebook: outputs of other code, or none."
     notebook, name = read(path), path.relative_to(ROOT)
-    if notebook["metadata"].get(KEY) != digest(code_of(notebook)): return [f"{name}: its outputs are those of other code"]
+    if notebook["metadata"].get(KEY) != digest(code_of(notebook)):
+        return [f"{name}: its outputs are those of other code"]
     if not any(cell.get("outputs") for cell in notebook["cells"]): return [f"{name}: shows nothing"]
     return []
 

@@ -1,7 +1,8 @@
-"""A third study, as a user would add one: settings and a trainer, params, a run notebook, a paper. Nothing else is touched.
+"""A third study, as a user would add one: settings and a trainer, params, a run notebook, a paper.
 
 It goes through run, sweep, compare, audit and render, in a checkout of its own.
 """
+
 import json
 import re
 import shutil

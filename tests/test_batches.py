@@ -35,9 +35,10 @@ from speedrun_nb.cifar.settings import DATASETS
 from speedrun_nb.cifar.train import train as training
 from speedrun_nb.core import batch as batches
 from speedrun_nb.core.batch import plan_batch, run_batch
-from speedrun_nb.core.data import DataFile
+from speedrun_nb.core.files import DataFile
 from speedrun_nb.core.errors import SpeedrunError
-from speedrun_nb.core.provenance import batch_state, host_id
+from speedrun_nb.core.machine import host_id
+from speedrun_nb.core.provenance import batch_state
 from speedrun_nb.core.records import Result, run_id
 from speedrun_nb.core.runs import read_runs
 from speedrun_nb.core.study import load_study, study_names

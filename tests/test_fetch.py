@@ -143,7 +143,7 @@ def test_a_folder_that_speedrun_data_names_comes_first(hub, folder, monkeypatch,
     own = tmp_path / "own" / "fineweb"
     write_shard(own / NAMES[1], [1, 2, 3])
     monkeypatch.setenv("SPEEDRUN_DATA", str(tmp_path / "own"))
-    assert data.find_folder(FINEWEB).startswith(f"1 of 103 shards in {own}, which lacks fineweb_val_000000.bin; `speedrun data fetch fineweb`")
+    assert data.found_files(FINEWEB).startswith(f"1 of 103 shards in {own}, which lacks fineweb_val_000000.bin; `speedrun data fetch fineweb`")
     assert [(row["found in"], row["right"]) for row in data.check(FINEWEB)] == [(None, "missing"), (own, "yes")]
 
 

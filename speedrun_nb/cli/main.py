@@ -58,7 +58,7 @@ def doctor(as_json:JSON=False):
     "Say what this machine has: versions, device, what the CPU computes in, data, Quarto, and what to do about what is missing."
     from speedrun_nb.core.data import find_all
     from speedrun_nb.core.device import cpu_flags, cpu_has_bf16, pick_device
-    from speedrun_nb.core.provenance import machine_state
+    from speedrun_nb.core.machine import machine_state
     from speedrun_nb.core.study import load_study, project_root
     from speedrun_nb.core.variants import choose_profile
     from speedrun_nb.render.quarto import find_quarto

@@ -34,7 +34,8 @@ from speedrun_nb.cifar.data import load_cifar10, load_data
 from speedrun_nb.cifar.settings import DATASETS
 from speedrun_nb.cifar.train import train as training
 from speedrun_nb.core import batch as batches
-from speedrun_nb.core.batch import plan_batch, run_batch
+from speedrun_nb.core.batch import run_batch
+from speedrun_nb.core.parameters import plan_batch
 from speedrun_nb.core.files import DataFile
 from speedrun_nb.core.errors import SpeedrunError
 from speedrun_nb.core.machine import host_id

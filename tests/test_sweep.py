@@ -30,7 +30,8 @@ from faults import (
 
 from speedrun_nb.core import provenance
 from speedrun_nb.core import records as record_files
-from speedrun_nb.core.batch import plan_batch, record_failure, run_batch
+from speedrun_nb.core.batch import record_failure, run_batch
+from speedrun_nb.core.parameters import plan_batch
 from speedrun_nb.core.errors import SpeedrunError
 from speedrun_nb.core.machine import process_started, this_process
 from speedrun_nb.core.provenance import give_up, read_provenance

@@ -19,6 +19,7 @@ def synchronize(device:torch.device)->None:
     if device.type == "cuda": torch.cuda.synchronize(device)
     elif device.type == "mps": torch.mps.synchronize()
 
+# %% ../../nbs/core/09_clock.ipynb #cell-07
 def _start_host(device:torch.device)->Callable[[], float]:
     "Start the host's clock; the function that comes back stops it and says the seconds."
     synchronize(device)
@@ -28,6 +29,7 @@ def _start_host(device:torch.device)->Callable[[], float]:
         return time.perf_counter() - start
     return stop
 
+# %% ../../nbs/core/09_clock.ipynb #cell-08
 def _start_cuda(device:torch.device)->Callable[[], float]:
     "The same by two events on the device."
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -39,7 +41,7 @@ def _start_cuda(device:torch.device)->Callable[[], float]:
         return start.elapsed_time(end) / 1000
     return stop
 
-# %% ../../nbs/core/09_clock.ipynb #cell-07
+# %% ../../nbs/core/09_clock.ipynb #cell-10
 class Clock:
     "A stopwatch with named regions: `seconds` holds the time of each."
     def __init__(
@@ -62,7 +64,7 @@ class Clock:
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + stop()
 
-# %% ../../nbs/core/09_clock.ipynb #cell-11
+# %% ../../nbs/core/09_clock.ipynb #cell-14
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 def reset_peak_memory(device:torch.device)->bool:
@@ -74,6 +76,7 @@ def reset_peak_memory(device:torch.device)->bool:
     except OSError: return False
     return device.type == "cpu"
 
+# %% ../../nbs/core/09_clock.ipynb #cell-15
 def peak_memory(device:torch.device)->int|None:
     "Bytes at the peak since the reset."
     if device.type == "cuda": return torch.cuda.max_memory_allocated(device)

@@ -20,6 +20,7 @@ def pick_device()->torch.device:
     "CUDA where present, the CPU elsewhere."
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
+# %% ../../nbs/core/10_device.ipynb #cell-06
 @functools.cache
 def cpu_flags()->frozenset[str]:
     "What the CPU says it can do (Linux); empty elsewhere."
@@ -29,7 +30,7 @@ def cpu_flags()->frozenset[str]:
         if line.startswith(("flags", "Features")): return frozenset(line.partition(":")[2].split())
     return frozenset()
 
-# %% ../../nbs/core/10_device.ipynb #cell-06
+# %% ../../nbs/core/10_device.ipynb #cell-07
 def cpu_has_bf16()->bool:
     "Does the CPU multiply bfloat16 in hardware?"
     return not cpu_flags().isdisjoint({"amx_bf16", "avx512_bf16", "bf16"})
@@ -39,13 +40,13 @@ def has_bf16(device:torch.device)->bool:
     if device.type != "cuda": return cpu_has_bf16()
     return torch.cuda.get_device_capability(device)[0] >= 8
 
-# %% ../../nbs/core/10_device.ipynb #cell-07
+# %% ../../nbs/core/10_device.ipynb #cell-08
 def autocast(precision:str, device:torch.device):
     "The context in which a network computes: bf16 by autocast; in other number formats it computes as it is."
     if precision != "bf16": return contextlib.nullcontext()
     return torch.autocast(device.type, torch.bfloat16)
 
-# %% ../../nbs/core/10_device.ipynb #cell-10
+# %% ../../nbs/core/10_device.ipynb #cell-11
 def seeded_generator(
     seed:int,
     purpose:str,      # such as "init"; each has a generator of its own
@@ -54,7 +55,7 @@ def seeded_generator(
     digest = hashlib.sha256(f"{seed}:{purpose}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
-# %% ../../nbs/core/10_device.ipynb #cell-13
+# %% ../../nbs/core/10_device.ipynb #cell-14
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # parameters of mallopt(3)
 
 @functools.cache

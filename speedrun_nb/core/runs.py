@@ -80,6 +80,7 @@ def parse_run(line:bytes)->RunRecord:
     _check_schema(run.schema)
     return run
 
+# %% ../../nbs/core/06_runs.ipynb #cell-11
 def _schema_of(line:bytes)->int|None:
     "The schema of a line with a type error; None where that is itself the error."
     try: return _read_schema(line).schema
@@ -90,7 +91,7 @@ def _check_schema(schema:int|None)->None:
     known = f"this version, which knows {RECORD_SCHEMA}"
     raise ValueError(f"record left out: schema {schema} is not known to {known}")
 
-# %% ../../nbs/core/06_runs.ipynb #cell-11
+# %% ../../nbs/core/06_runs.ipynb #cell-12
 _MESSAGE = re.compile(r"Expected `(.+)`, got `(.+?)`(?: - at `\$\.?(.*)`)?")
 
 def _plainly(error:msgspec.ValidationError)->str:
@@ -100,12 +101,13 @@ def _plainly(error:msgspec.ValidationError)->str:
     wanted, got, where = found.groups()
     return f"{where or 'the line'}: expected {wanted.replace(' | ', ' or ')}, found {got}"
 
-# %% ../../nbs/core/06_runs.ipynb #cell-15
+# %% ../../nbs/core/06_runs.ipynb #cell-16
 def _lines_of(path:Path)->list[bytes]:
     "The lines of a regular file; what follows the last end of line is the last of them."
     if not stat.S_ISREG(path.stat().st_mode): raise OSError(None, "not a regular file")
     return path.read_bytes().split(b"\n")
 
+# %% ../../nbs/core/06_runs.ipynb #cell-17
 def read_file(
     path:Path,
     problems:list[str],  # gets a sentence for whatever is left out
@@ -122,13 +124,13 @@ def read_file(
             cut_off = number == len(lines) and str(error).startswith("damaged")
             problems.append(f"{path}, line {number}: {'half-written record left out' if cut_off else error}")
 
-# %% ../../nbs/core/06_runs.ipynb #cell-17
+# %% ../../nbs/core/06_runs.ipynb #cell-19
 def _column(values:list)->pd.Series:
     "Numbers as such, with NaN where there is none; anything else as it is."
     first = next((value for value in values if value is not None), None)
     return pd.Series(values, dtype=None if isinstance(first, (int, float)) else object)
 
-# %% ../../nbs/core/06_runs.ipynb #cell-18
+# %% ../../nbs/core/06_runs.ipynb #cell-20
 def make_frame(runs:list[RunRecord])->pd.DataFrame:
     "A row a run: the fields of a record, then its metrics. A metric that has the name of a field is left out."
     frame = {name: _column([getattr(run, name) for run in runs]) for name in FIELDS}
@@ -137,7 +139,7 @@ def make_frame(runs:list[RunRecord])->pd.DataFrame:
     for name in names: frame[name] = _column([metrics.get(name) for metrics in measured])
     return pd.DataFrame(frame, columns=[*FIELDS, *names])
 
-# %% ../../nbs/core/06_runs.ipynb #cell-20
+# %% ../../nbs/core/06_runs.ipynb #cell-22
 def _files(outputs:Path, study:str, profile:str)->list[Path]:
     "Everything that is called runs.jsonl and stands in the folder of a batch, links that lead nowhere included."
     paths = [folder / "runs.jsonl" for folder in outputs.glob(f"{study}/{profile}/*/*")]
@@ -147,6 +149,7 @@ def _by_start(run:RunRecord)->tuple:
     "Runs without a start come last; the identity decides between runs that started at once."
     return run.started_at is None, run.started_at or "", run.run_id
 
+# %% ../../nbs/core/06_runs.ipynb #cell-24
 def read_runs(
     outputs:Path,                # the folder of collected runs
     study:str|None=None,         # only this study

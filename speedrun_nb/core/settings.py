@@ -31,15 +31,17 @@ class _CoreSchemaLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         _check_keys(keys)
         return super().construct_mapping(node, deep)
 
+# %% ../../nbs/core/02_settings.ipynb #cell-07
 def _check_keys(keys:list[tuple])->None:
     "Keys of a mapping, each with its place: words, and each once."
     seen = set()
     for key, mark in keys:
-        if not isinstance(key, str): raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is not a word", mark)
-        if key in seen: raise yaml.constructor.ConstructorError(None, None, f'the key "{key}" stands twice', mark)
+        fault = None if isinstance(key, str) else f"the key {key!r} is not a word"
+        if key in seen: fault = f'the key "{key}" stands twice'
+        if fault: raise yaml.constructor.ConstructorError(None, None, fault, mark)
         seen.add(key)
 
-# %% ../../nbs/core/02_settings.ipynb #cell-07
+# %% ../../nbs/core/02_settings.ipynb #cell-09
 _SCALARS = {
     "null": r"~|null|Null|NULL|",
     "bool": r"true|True|TRUE|false|False|FALSE",
@@ -50,7 +52,7 @@ for _tag, _pattern in _SCALARS.items():
     _CoreSchemaLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})$"), None)
 _CoreSchemaLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
 
-# %% ../../nbs/core/02_settings.ipynb #cell-08
+# %% ../../nbs/core/02_settings.ipynb #cell-10
 def parse_yaml(
     text:str,              # YAML 1.2
     where:str="the text",  # named in errors
@@ -62,7 +64,7 @@ def parse_yaml(
         place = f"{where}, line {mark.line + 1}, column {mark.column + 1}" if mark else where
         raise SpeedrunError(f"{place}: {problem or error}") from None
 
-# %% ../../nbs/core/02_settings.ipynb #cell-11
+# %% ../../nbs/core/02_settings.ipynb #cell-13
 def read_yaml(path:Path)->dict:
     "Read a YAML file that holds a mapping. Raises `SpeedrunError` naming the file."
     try: text = Path(path).read_text(encoding="utf-8")
@@ -72,7 +74,7 @@ def read_yaml(path:Path)->dict:
     if isinstance(data, dict): return data
     raise SpeedrunError(f"{path}: expected `key: value` lines, found {type(data).__name__}")
 
-# %% ../../nbs/core/02_settings.ipynb #cell-14
+# %% ../../nbs/core/02_settings.ipynb #cell-16
 def setting(
     help:str,        # what the setting means, with its unit
     low=None,        # smallest valid value
@@ -85,6 +87,7 @@ def setting(
     limits = dict(low=low, high=high, above=above, choices=choices)
     return dataclasses.field(metadata=dict(help=help, **limits, implementation=implementation))
 
+# %% ../../nbs/core/02_settings.ipynb #cell-18
 def schema_fields(
     schema:type,     # a dataclass of dataclasses
     prefix:str="",
@@ -97,7 +100,7 @@ def schema_fields(
         else: found[name] = (kind, field.metadata)
     return found
 
-# %% ../../nbs/core/02_settings.ipynb #cell-17
+# %% ../../nbs/core/02_settings.ipynb #cell-21
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
 _BOUNDS = {"low": "at least", "above": "above", "high": "at most"}
 
@@ -106,6 +109,7 @@ def _unwrap(kind)->tuple[bool, type]:
     if not isinstance(kind, types.UnionType): return False, kind
     return True, next(k for k in typing.get_args(kind) if k is not type(None))
 
+# %% ../../nbs/core/02_settings.ipynb #cell-22
 def _describe(kind, metadata:Mapping)->str:
     "What a setting accepts, for errors and tables."
     if metadata.get("choices"): return "one of " + ", ".join(metadata["choices"])
@@ -116,7 +120,7 @@ def _describe(kind, metadata:Mapping)->str:
     if bounds: text += " " + ", ".join(bounds)
     return text + (", or none" if optional else "")
 
-# %% ../../nbs/core/02_settings.ipynb #cell-20
+# %% ../../nbs/core/02_settings.ipynb #cell-25
 def _in_type(value, kind):
     "`value` as a plain type, if nothing is lost. Raises ValueError."
     if kind is str and value is None: value = "none"
@@ -125,6 +129,7 @@ def _in_type(value, kind):
     if type(value) is not kind: raise ValueError
     return value
 
+# %% ../../nbs/core/02_settings.ipynb #cell-27
 def _is_within(value, metadata:Mapping)->bool:
     "Is a value finite and within the bounds of its setting?"
     low, high, above, choices = (metadata.get(key) for key in ("low", "high", "above", "choices"))
@@ -134,7 +139,7 @@ def _is_within(value, metadata:Mapping)->bool:
     if above is not None and value <= above: return False
     return not choices or value in choices
 
-# %% ../../nbs/core/02_settings.ipynb #cell-21
+# %% ../../nbs/core/02_settings.ipynb #cell-28
 def _convert(value, kind, metadata:Mapping):
     "`value` as `kind`, or ValueError."
     if isinstance(value, str) and kind is not str: value = parse_yaml(value)
@@ -146,7 +151,7 @@ def _convert(value, kind, metadata:Mapping):
     if not _is_within(value, metadata): raise ValueError
     return value
 
-# %% ../../nbs/core/02_settings.ipynb #cell-22
+# %% ../../nbs/core/02_settings.ipynb #cell-29
 def check_value(
     name:str,      # dotted name, for errors
     value:object,  # as read from YAML, a command line or a notebook
@@ -162,7 +167,7 @@ def check_value(
         hint = nearest(value, metadata["choices"]) if metadata.get("choices") else ""
         raise SpeedrunError(f"{name}: {shown} is not valid; it takes {_describe(kind, metadata)}.{hint}") from None
 
-# %% ../../nbs/core/02_settings.ipynb #cell-25
+# %% ../../nbs/core/02_settings.ipynb #cell-32
 def flatten(
     data:Mapping,     # nested, dotted, or both
     where:str,        # for errors
@@ -179,7 +184,7 @@ def flatten(
         flat |= inside
     return flat
 
-# %% ../../nbs/core/02_settings.ipynb #cell-27
+# %% ../../nbs/core/02_settings.ipynb #cell-34
 def check_settings(
     schema:type,    # the study's dataclass
     flat:Mapping,   # some of its settings, by dotted name
@@ -195,7 +200,7 @@ def check_settings(
         except SpeedrunError as error: raise SpeedrunError(f"{where}: {error}") from None
     return checked
 
-# %% ../../nbs/core/02_settings.ipynb #cell-29
+# %% ../../nbs/core/02_settings.ipynb #cell-36
 def build(
     schema:type,    # the study's dataclass
     flat:Mapping,   # every setting, by dotted name
@@ -209,6 +214,7 @@ def build(
     for problem in getattr(settings, "rules", tuple)(): raise SpeedrunError(f"{where}: {problem}")
     return settings
 
+# %% ../../nbs/core/02_settings.ipynb #cell-37
 def _instantiate(schema:type, flat:Mapping, prefix:str):
     "A dataclass of dataclasses from its dotted names."
     values, hints = {}, typing.get_type_hints(schema)
@@ -218,7 +224,7 @@ def _instantiate(schema:type, flat:Mapping, prefix:str):
         values[field.name] = _instantiate(kind, flat, f"{name}.") if nested else flat[name]
     return schema(**values)
 
-# %% ../../nbs/core/02_settings.ipynb #cell-30
+# %% ../../nbs/core/02_settings.ipynb #cell-38
 def to_flat(settings)->dict:
     "The inverse of `build`: dotted names and plain values."
     return flatten(dataclasses.asdict(settings), "settings")
@@ -229,7 +235,7 @@ def show_setting(value)->str:
     if isinstance(value, (list, tuple)): return ", ".join(map(str, value))
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
-# %% ../../nbs/core/02_settings.ipynb #cell-35
+# %% ../../nbs/core/02_settings.ipynb #cell-43
 def config_hash(
     flat:Mapping,  # every setting, by dotted name
 )->str:            # 12 hexadecimal digits

@@ -37,6 +37,7 @@ def cuda_is_available()->bool:
     except ModuleNotFoundError: return False
     return torch.cuda.is_available()
 
+# %% ../../nbs/core/04_variants.ipynb #cell-09
 def choose_profile(
     study:Study,
     profile:str="auto",  # "auto" or the name of a profile
@@ -45,7 +46,7 @@ def choose_profile(
     if profile == "auto": profile = "full" if cuda_is_available() else "demo"
     return one_of(profile, profile_names(study), f"profile of {study.name}")
 
-# %% ../../nbs/core/04_variants.ipynb #cell-11
+# %% ../../nbs/core/04_variants.ipynb #cell-12
 _PAIR = re.compile(r"(?P<key>[A-Za-z_][\w.]*)=(?P<value>\[[^\]]*\]|'[^']*'|\"[^\"]*\"|\S*)(?:\s+|$)")
 
 def _read_pairs(text:str)->dict:
@@ -61,7 +62,7 @@ def _read_pairs(text:str)->dict:
         rest = rest[pair.end():]
     return found
 
-# %% ../../nbs/core/04_variants.ipynb #cell-12
+# %% ../../nbs/core/04_variants.ipynb #cell-13
 def read_overrides(
     overrides:Mapping|str|None,  # a mapping (nested or dotted), or blank-separated key=value
 )->dict:                         # dotted name -> value
@@ -73,7 +74,7 @@ def read_overrides(
     if overrides.lstrip().startswith("{"): return flatten(parse_yaml(overrides, "overrides"), "overrides")
     return _read_pairs(overrides)
 
-# %% ../../nbs/core/04_variants.ipynb #cell-15
+# %% ../../nbs/core/04_variants.ipynb #cell-16
 _KEYS = ["title", "extends", "set", "profiles", "claim", "source"]
 
 def _path(study:Study, name:str)->Path: return study.params / f"{name}.yaml"
@@ -87,7 +88,7 @@ def _read_variant(study:Study, name:str)->dict:
     for profile in data.get("profiles") or {}: one_of(profile, profile_names(study), f"profile ({path}: profiles)")
     return data
 
-# %% ../../nbs/core/04_variants.ipynb #cell-16
+# %% ../../nbs/core/04_variants.ipynb #cell-17
 def _chain(study:Study, name:str)->dict[str, dict]:
     "The files of a variant and of what it extends, by name, the oldest first, without the baseline."
     chain = {}
@@ -98,11 +99,12 @@ def _chain(study:Study, name:str)->dict[str, dict]:
         name = chain[name].get("extends", "baseline")
     return dict(reversed(chain.items()))
 
-# %% ../../nbs/core/04_variants.ipynb #cell-19
+# %% ../../nbs/core/04_variants.ipynb #cell-20
 def _section(study:Study, data:Mapping|None, where:str)->dict:
     "One `set` section: flat and checked."
     return check_settings(study.schema, flatten(data or {}, where), where)
 
+# %% ../../nbs/core/04_variants.ipynb #cell-22
 def _merge(study:Study, chain:Mapping[str, dict], profile:str, overrides:Mapping)->object:
     "The settings of a chain of variants, the oldest first, as an instance of the schema."
     flat = {}
@@ -116,7 +118,7 @@ def _merge(study:Study, chain:Mapping[str, dict], profile:str, overrides:Mapping
     name = list(chain)[-1] if chain else "baseline"
     return build(study.schema, flat, f"{study.name}/{name} in profile {profile}")
 
-# %% ../../nbs/core/04_variants.ipynb #cell-20
+# %% ../../nbs/core/04_variants.ipynb #cell-23
 @dataclass(frozen=True)
 class Variant:
     "A variant with all its settings, at one size."
@@ -140,7 +142,7 @@ class Variant:
         pairs = {name: (self.baseline.get(name), value) for name, value in self.flat.items()}
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
-# %% ../../nbs/core/04_variants.ipynb #cell-22
+# %% ../../nbs/core/04_variants.ipynb #cell-25
 def _changes_nothing(study:Study, profile:str, overrides:Mapping, flat:Mapping)->bool:
     "Has the baseline the same settings, with the same overrides?"
     try: return to_flat(_merge(study, {}, profile, overrides)) == flat
@@ -148,10 +150,10 @@ def _changes_nothing(study:Study, profile:str, overrides:Mapping, flat:Mapping)-
 
 def _refuse_no_change(study:Study, name:str, profile:str, overrides:Mapping)->None:
     words = f" with {' '.join(f'{key}={value}' for key, value in overrides.items())}" if overrides else ""
-    raise SpeedrunError(f'{_path(study, name)}: in profile {profile}{words} the variant "{name}" has the baseline\'s settings: '
-                        "it would change nothing. Give it something to `set`, or run the baseline.")
+    raise SpeedrunError(f"{_path(study, name)}: in profile {profile}{words} the variant \"{name}\" has the baseline's "
+                        "settings: it would change nothing. Give it something to `set`, or run the baseline.")
 
-# %% ../../nbs/core/04_variants.ipynb #cell-23
+# %% ../../nbs/core/04_variants.ipynb #cell-26
 def resolve(
     study:Study,
     name:str,                  # of the variant
@@ -170,7 +172,7 @@ def resolve(
         settings=settings, flat=flat, baseline=to_flat(_merge(study, {}, profile, {})), overrides=overrides,
         claim=read_claim(data.get("claim"), study.metrics, str(_path(study, name))))
 
-# %% ../../nbs/core/04_variants.ipynb #cell-29
+# %% ../../nbs/core/04_variants.ipynb #cell-32
 def resolve_all(
     study:Study,
     profile:str="auto",  # "auto" or the name of a profile
@@ -178,6 +180,7 @@ def resolve_all(
     "Every variant of a study at one size."
     return {name: resolve(study, name, profile) for name in variant_names(study)}
 
+# %% ../../nbs/core/04_variants.ipynb #cell-34
 def plain_hashes(
     study:Study,
     profile:str,          # also one that is not defined here
@@ -188,7 +191,7 @@ def plain_hashes(
     known = set(variant_names(study))
     return {name: resolve(study, name, profile).config_hash for name in names if name in known}
 
-# %% ../../nbs/core/04_variants.ipynb #cell-32
+# %% ../../nbs/core/04_variants.ipynb #cell-37
 def without_stage(
     study:Study,
     name:str,      # of a variant: "palm_parallel_stage_c"
@@ -198,6 +201,7 @@ def without_stage(
         if name.endswith(f"_{stage}"): return name.removesuffix(f"_{stage}")
     return name
 
+# %% ../../nbs/core/04_variants.ipynb #cell-38
 def claim_of(
     study:Study,
     name:str,      # of a variant; also of published runs, with the stage that they belong to

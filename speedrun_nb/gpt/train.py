@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from ..core.batch import read_seeds
+from ..core.parameters import read_seeds
 from ..core.clock import peak_memory, reset_peak_memory, synchronize
 from ..core.device import autocast, has_bf16, keep_freed_memory, seeded_generator
 from ..core.errors import SpeedrunError

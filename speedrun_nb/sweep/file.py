@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core.batch import read_seeds
+from ..core.parameters import read_seeds
 from ..core.errors import SpeedrunError, one_of
 from ..core.plans import FOLDER
 from ..core.settings import read_yaml

@@ -97,7 +97,8 @@ def append_record(
     record:Mapping,
 )->None:
     "Append one line, flushed and synced to the disk. A line that was cut off before it is ended first."
-    line = json.dumps(json_ready(record), allow_nan=False, ensure_ascii=False).encode() + b"\n"
+    text = json.dumps(json_ready(record), allow_nan=False, ensure_ascii=False)
+    line = text.encode(errors="replace") + b"\n"  # an error message may hold a file name that is no UTF-8
     with open(path, "ab+") as file:
         file.write(line if _ends_line(file) else b"\n" + line)
         file.flush()
@@ -118,7 +119,7 @@ def write_json(
     "Write a whole file under a temporary name, then rename it."
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(part, "w", encoding="utf-8") as file:
+        with open(part, "w", encoding="utf-8", errors="replace") as file:
             json.dump(json_ready(data), file, indent=1, allow_nan=False, ensure_ascii=False)
             file.flush()
             os.fsync(file.fileno())

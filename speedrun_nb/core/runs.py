@@ -68,6 +68,8 @@ def _read_settings(text:bytes)->dict|None:
     return msgspec.json.decode(b'{"config":' + text + b"}", type=_Settings).config
 
 # %% ../../nbs/core/06_runs.ipynb #cell-10
+_DAMAGE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
 def parse_run(line:bytes)->RunRecord:
     "The record in a line. Raises `ValueError` that says what is wrong with it."
     try:
@@ -76,15 +78,16 @@ def parse_run(line:bytes)->RunRecord:
     except msgspec.ValidationError as error:
         _check_schema(_schema_of(line))
         raise ValueError(f"record left out: {_plainly(error)}") from None
-    except (msgspec.DecodeError, RecursionError): raise ValueError("damaged record left out") from None
+    except _DAMAGE: raise ValueError("damaged record left out") from None
     _check_schema(run.schema)
     return run
 
 # %% ../../nbs/core/06_runs.ipynb #cell-11
 def _schema_of(line:bytes)->int|None:
-    "The schema of a line with a type error; None where that is itself the error."
+    "The schema of a line with a type error; None where that is the error. Raises `ValueError` for a cut-off line."
     try: return _read_schema(line).schema
     except msgspec.ValidationError: return None
+    except _DAMAGE: raise ValueError("damaged record left out") from None
 
 def _check_schema(schema:int|None)->None:
     if schema in (None, RECORD_SCHEMA): return

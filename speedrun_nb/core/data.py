@@ -7,7 +7,6 @@ __all__ = ['unpack', 'fetch', 'find_file', 'check', 'found_files', 'find_all']
 
 # %% ../../nbs/core/13_data.ipynb #cell-03
 import os
-import shutil
 import tarfile
 import tempfile
 from collections.abc import Callable

@@ -95,13 +95,16 @@ def _check_schema(schema:int|None)->None:
     raise ValueError(f"record left out: schema {schema} is not known to {known}")
 
 # %% ../../nbs/core/06_runs.ipynb #cell-12
-_MESSAGE = re.compile(r"Expected `(.+)`, got `(.+?)`(?: - at `\$\.?(.*)`)?")
+_WRONG_TYPE = re.compile(r"Expected `(.+)`, got `(.+?)`(?: - at `\$\.?(.*)`)?")
+_MISSING = re.compile(r"Object missing required field `(.+)`")
 
 def _plainly(error:msgspec.ValidationError)->str:
     "msgspec's message, in words: seed: expected int, found str."
-    found = _MESSAGE.fullmatch(str(error))
-    if not found: return str(error)
-    wanted, got, where = found.groups()
+    text = str(error)
+    wrong, missing = _WRONG_TYPE.fullmatch(text), _MISSING.fullmatch(text)
+    if missing: return f"{missing[1]} is missing"
+    if not wrong: return text
+    wanted, got, where = wrong.groups()
     return f"{where or 'the line'}: expected {wanted.replace(' | ', ' or ')}, found {got}"
 
 # %% ../../nbs/core/06_runs.ipynb #cell-16

@@ -29,7 +29,7 @@ def _writing(plan:BatchPlan):
         remedy = "Give a folder that can, with outputs=FOLDER."
         raise SpeedrunError(f"outputs: {plan.folder} cannot be written ({error.strerror}). {remedy}") from None
 
-# %% ../../nbs/core/15_batch.ipynb #cell-06
+# %% ../../nbs/core/15_batch.ipynb #cell-07
 def make_folder(plan:BatchPlan)->None:
     "Make the batch's folder. Raises `SpeedrunError` where it cannot be."
     with _writing(plan): plan.folder.mkdir(parents=True, exist_ok=True)
@@ -41,7 +41,7 @@ def _claim_folder(plan:BatchPlan)->None:
         try: (plan.folder / "provenance.json").open("x").close()
         except FileExistsError: refuse_taken(plan)
 
-# %% ../../nbs/core/15_batch.ipynb #cell-08
+# %% ../../nbs/core/15_batch.ipynb #cell-09
 @dataclass(frozen=True)
 class BatchResult:
     "What a batch left behind."
@@ -57,7 +57,7 @@ class BatchResult:
         raise SpeedrunError(f"{len(failed)} of {len(self.records)} runs failed; all are recorded in {self.folder}. "
                             f"Seed {seed}: {error}")
 
-# %% ../../nbs/core/15_batch.ipynb #cell-09
+# %% ../../nbs/core/15_batch.ipynb #cell-11
 def _record_of(
     plan:BatchPlan,
     result:Result,
@@ -74,7 +74,7 @@ def _record_of(
     when = dict(started_at=started, ended_at=utc_now())
     return make_record(result, ready, what | where | how | when, study.metrics)
 
-# %% ../../nbs/core/15_batch.ipynb #cell-11
+# %% ../../nbs/core/15_batch.ipynb #cell-13
 STOP = "stop"
 
 def _note_ready(plan:BatchPlan, provenance:Provenance, ready:Ready)->None:
@@ -86,7 +86,7 @@ def _should_stop(plan:BatchPlan, done:int)->bool:
     "Was the batch asked to stop, and are runs left?"
     return done < len(plan.seeds) and (plan.folder / STOP).exists()
 
-# %% ../../nbs/core/15_batch.ipynb #cell-12
+# %% ../../nbs/core/15_batch.ipynb #cell-15
 def _record_events(plan:BatchPlan, events:Iterator, show:Callable, provenance:Provenance, records:list)->bool:
     "Append a record for every result. True where the batch was asked to stop before its last run."
     ready, started = None, utc_now()
@@ -105,26 +105,26 @@ def _record_events(plan:BatchPlan, events:Iterator, show:Callable, provenance:Pr
             return True
     return False
 
-# %% ../../nbs/core/15_batch.ipynb #cell-14
+# %% ../../nbs/core/15_batch.ipynb #cell-17
 def check_machine(plan:BatchPlan)->None:
     "Can this machine train the batch, as far as the study can tell? Raises `SpeedrunError`."
     study = plan.variant.study
     if study.checker: load_function(study.checker)(plan.variant.settings, **plan.own)
 
-# %% ../../nbs/core/15_batch.ipynb #cell-15
+# %% ../../nbs/core/15_batch.ipynb #cell-19
 def _trainer(plan:BatchPlan)->Callable:
     "The study's trainer, with what it takes beside settings and seeds."
     study, own = plan.variant.study, dict(plan.own)
     if study.checkpoints: own["checkpoints"] = plan.outputs / study.name / ".checkpoints" / str(plan.repeat)
     return functools.partial(load_function(study.trainer), **own)
 
-# %% ../../nbs/core/15_batch.ipynb #cell-16
+# %% ../../nbs/core/15_batch.ipynb #cell-20
 def _status(records:list[dict], stopped:bool)->str:
     "How a batch ended that ran to its end or was asked to stop."
     if any(record["status"] == "failed" for record in records): return "failed"
     return "interrupted" if stopped else "completed"
 
-# %% ../../nbs/core/15_batch.ipynb #cell-17
+# %% ../../nbs/core/15_batch.ipynb #cell-22
 @contextmanager
 def _ending(provenance:Provenance):
     "An exception in the block ends the batch, and is noted; also where the disk is full, the exception goes on."
@@ -135,7 +135,7 @@ def _ending(provenance:Provenance):
         with suppress(OSError): provenance.end(status, error=f"{type(error).__name__}: {error}")
         raise
 
-# %% ../../nbs/core/15_batch.ipynb #cell-19
+# %% ../../nbs/core/15_batch.ipynb #cell-24
 def run_batch(
     plan:BatchPlan,
     train:Callable|None=None,        # settings, seeds -> `Ready`, `Progress`, `Result`; the study's own by default
@@ -155,13 +155,13 @@ def run_batch(
     with _writing(plan): provenance.end(status)
     return BatchResult(plan.folder, records, status)
 
-# %% ../../nbs/core/15_batch.ipynb #cell-27
+# %% ../../nbs/core/15_batch.ipynb #cell-32
 def _facts_of(plan:BatchPlan)->dict:
     "provenance.json of a batch; what would have been its start where it never came to write one."
     known = read_provenance(plan.folder)
     return known or machine_state(project_root()) | plan.facts | dict(started_at=utc_now())
 
-# %% ../../nbs/core/15_batch.ipynb #cell-28
+# %% ../../nbs/core/15_batch.ipynb #cell-33
 def _failed_run(plan:BatchPlan, facts:dict, done:list[dict], error:str)->dict|None:
     "The record of the first run that has none; None where all have."
     recorded = {record["seed"] for record in done}
@@ -173,7 +173,7 @@ def _failed_run(plan:BatchPlan, facts:dict, done:list[dict], error:str)->dict|No
     started = done[-1]["ended_at"] if done else facts["started_at"]
     return _record_of(plan, result, ready, place=len(done), started=started)
 
-# %% ../../nbs/core/15_batch.ipynb #cell-29
+# %% ../../nbs/core/15_batch.ipynb #cell-35
 def record_failure(
     plan:BatchPlan,  # whose process is gone
     error:str,       # why

@@ -55,7 +55,7 @@ def _is_complete(dataset:DataSet, folder:Path)->bool:
     try: return all(check_file(folder / file.name, file, "") for file in dataset.files)
     except SpeedrunError: return False
 
-# %% ../../nbs/core/13_data.ipynb #cell-12
+# %% ../../nbs/core/13_data.ipynb #cell-13
 def _download(dataset:DataSet, folder:Path)->Path: # the archive
     "Download an archive into a folder, checked."
     try: import pooch
@@ -67,14 +67,14 @@ def _download(dataset:DataSet, folder:Path)->Path: # the archive
     except (requests.RequestException, OSError) as error: raise SpeedrunError(_no_network(dataset, error)) from None
     except ValueError as error: raise SpeedrunError(f"{dataset.url}: {error}") from None
 
-# %% ../../nbs/core/13_data.ipynb #cell-13
+# %% ../../nbs/core/13_data.ipynb #cell-14
 def _no_network(dataset:DataSet, error:Exception)->str:
     "What went wrong, and what to do without a network."
     files = ", ".join(file.name for file in dataset.files)
     return (f"{dataset.url} cannot be downloaded ({type(error).__name__}). Where there is no network, put {files} "
             f"into a folder {dataset.name}/ and set SPEEDRUN_DATA to the folder that holds it.")
 
-# %% ../../nbs/core/13_data.ipynb #cell-14
+# %% ../../nbs/core/13_data.ipynb #cell-15
 def _fetch_archive(dataset:DataSet)->Path: # the folder
     folder = cache_folder(dataset.name)
     if _is_complete(dataset, folder): return folder
@@ -83,7 +83,7 @@ def _fetch_archive(dataset:DataSet)->Path: # the folder
     archive.unlink()
     return folder
 
-# %% ../../nbs/core/13_data.ipynb #cell-16
+# %% ../../nbs/core/13_data.ipynb #cell-17
 def fetch(
     dataset:DataSet|HubDataSet,
     shards:int|None=None,                   # how many of a numbered series; None: as many as the data set says
@@ -94,7 +94,7 @@ def fetch(
     if shards is not None: raise SpeedrunError(f"{dataset.name} comes whole, not in shards: leave --shards out.")
     return _fetch_archive(dataset)
 
-# %% ../../nbs/core/13_data.ipynb #cell-19
+# %% ../../nbs/core/13_data.ipynb #cell-20
 def find_file(
     dataset:DataSet,
     name:str,           # of the file
@@ -106,7 +106,7 @@ def find_file(
               f"or put it into the folder that SPEEDRUN_DATA names, as {dataset.name}/{name}.")
     return folder / name, check_file(folder / name, dataset[name], remedy)
 
-# %% ../../nbs/core/13_data.ipynb #cell-22
+# %% ../../nbs/core/13_data.ipynb #cell-23
 def _check_one(dataset:DataSet, name:str)->dict:
     folder = folder_with(dataset, name)
     if folder is None: return {"file": name, "found in": None, "right": "missing"}
@@ -114,17 +114,17 @@ def _check_one(dataset:DataSet, name:str)->dict:
     except SpeedrunError as error: return {"file": name, "found in": folder, "right": str(error).strip()}
     return {"file": name, "found in": folder, "right": "yes"}
 
-# %% ../../nbs/core/13_data.ipynb #cell-23
+# %% ../../nbs/core/13_data.ipynb #cell-25
 def check(dataset:DataSet|HubDataSet)->list[dict]:
     "A row a file: where it was found, and whether it is the right one."
     if isinstance(dataset, HubDataSet): return check_shards(dataset)
     return [_check_one(dataset, file.name) for file in dataset.files]
 
-# %% ../../nbs/core/13_data.ipynb #cell-24
+# %% ../../nbs/core/13_data.ipynb #cell-27
 def _remedy(dataset:DataSet|HubDataSet)->str:
     return f"`speedrun data fetch {dataset.name}` downloads it, or SPEEDRUN_DATA names a folder with {dataset.name}/"
 
-# %% ../../nbs/core/13_data.ipynb #cell-25
+# %% ../../nbs/core/13_data.ipynb #cell-28
 def _joined(folders:set[Path])->str: return ", ".join(sorted(map(str, folders)))
 
 def _found_shards(dataset:HubDataSet)->str:
@@ -135,7 +135,7 @@ def _found_shards(dataset:HubDataSet)->str:
     found = f"{len(set(names) - set(dataset.fixed))} of {dataset.count} shards in {_joined(folders)}"
     return f"{found}, which lacks {', '.join(absent)}; {_remedy(dataset)}" if absent else found
 
-# %% ../../nbs/core/13_data.ipynb #cell-26
+# %% ../../nbs/core/13_data.ipynb #cell-29
 def found_files(dataset:DataSet|HubDataSet)->str:
     "In words: which files there are, unchecked."
     if isinstance(dataset, HubDataSet): return _found_shards(dataset)
@@ -146,7 +146,7 @@ def found_files(dataset:DataSet|HubDataSet)->str:
     if not where: return f"not found; {_remedy(dataset)}"
     return f"{where} lacks {', '.join(missing)}; {_remedy(dataset)}"
 
-# %% ../../nbs/core/13_data.ipynb #cell-28
+# %% ../../nbs/core/13_data.ipynb #cell-32
 def find_all()->dict[str, str]: # title -> which files there are
     "The data sets of all studies."
     found = {}

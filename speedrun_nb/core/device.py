@@ -40,13 +40,13 @@ def has_bf16(device:torch.device)->bool:
     if device.type != "cuda": return cpu_has_bf16()
     return torch.cuda.get_device_capability(device)[0] >= 8
 
-# %% ../../nbs/core/10_device.ipynb #cell-08
+# %% ../../nbs/core/10_device.ipynb #cell-09
 def autocast(precision:str, device:torch.device):
     "The context in which a network computes: bf16 by autocast; in other number formats it computes as it is."
     if precision != "bf16": return contextlib.nullcontext()
     return torch.autocast(device.type, torch.bfloat16)
 
-# %% ../../nbs/core/10_device.ipynb #cell-11
+# %% ../../nbs/core/10_device.ipynb #cell-12
 def seeded_generator(
     seed:int,
     purpose:str,      # such as "init"; each has a generator of its own
@@ -55,7 +55,7 @@ def seeded_generator(
     digest = hashlib.sha256(f"{seed}:{purpose}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
-# %% ../../nbs/core/10_device.ipynb #cell-14
+# %% ../../nbs/core/10_device.ipynb #cell-15
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # parameters of mallopt(3)
 
 @functools.cache

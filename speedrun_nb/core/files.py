@@ -24,7 +24,7 @@ class DataFile:
     md5:str             # hexadecimal
     sha256:str|None     # hexadecimal; None where the publisher gives none: then md5 decides
 
-# %% ../../nbs/core/11_files.ipynb #cell-06
+# %% ../../nbs/core/11_files.ipynb #cell-07
 @dataclass(frozen=True)
 class DataSet:
     "Files published together in one tar archive."
@@ -38,7 +38,7 @@ class DataSet:
     def __getitem__(self, name:str)->DataFile:
         return next(file for file in self.files if file.name == name)
 
-# %% ../../nbs/core/11_files.ipynb #cell-07
+# %% ../../nbs/core/11_files.ipynb #cell-09
 @dataclass(frozen=True)
 class HubDataSet:
     "Files on the Hugging Face hub: some are always needed, of a numbered series as many as asked for."
@@ -59,13 +59,13 @@ class HubDataSet:
         "The files that are always needed, and the first shards."
         return [*self.fixed, *(self.numbered.format(number) for number in range(1, shards + 1))]
 
-# %% ../../nbs/core/11_files.ipynb #cell-10
+# %% ../../nbs/core/11_files.ipynb #cell-12
 def _is_right(content:bytes, file:DataFile)->bool:
     "Does the content have the published hash?"
     if file.sha256: return hashlib.sha256(content).hexdigest() == file.sha256
     return hashlib.md5(content).hexdigest() == file.md5
 
-# %% ../../nbs/core/11_files.ipynb #cell-11
+# %% ../../nbs/core/11_files.ipynb #cell-14
 def check_file(
     path:Path,
     file:DataFile,
@@ -82,7 +82,7 @@ def check_file(
     if _is_right(content, file): return found
     raise SpeedrunError(f"{path} has the wrong content (sha256 {found[:12]}...). {remedy}")
 
-# %% ../../nbs/core/11_files.ipynb #cell-14
+# %% ../../nbs/core/11_files.ipynb #cell-17
 def cache_folder(name:str)->Path:  # of the data set
     "Where downloads of a data set are kept."
     with warnings.catch_warnings():
@@ -91,14 +91,14 @@ def cache_folder(name:str)->Path:  # of the data set
         except ModuleNotFoundError: return Path.home() / ".cache" / "speedrun_nb" / name
     return pooch.os_cache("speedrun_nb") / name
 
-# %% ../../nbs/core/11_files.ipynb #cell-16
+# %% ../../nbs/core/11_files.ipynb #cell-19
 def data_folders(name:str)->list[Path]:  # of the data set
     "Where files of a data set are looked for, in this order."
     given = os.environ.get("SPEEDRUN_DATA")
     own = [Path(given) / name] if given else []
     return [*own, cache_folder(name)]
 
-# %% ../../nbs/core/11_files.ipynb #cell-17
+# %% ../../nbs/core/11_files.ipynb #cell-20
 def folder_with(
     dataset:DataSet|HubDataSet,
     name:str,                   # of the file

@@ -75,7 +75,7 @@ def _no_download(dataset:HubDataSet, error:Exception)->str:
             f"Where there is no network, put {files} and so on into a folder {dataset.name}/ "
             "and set SPEEDRUN_DATA to the folder that holds it.")
 
-# %% ../../nbs/core/12_hub.ipynb #cell-14
+# %% ../../nbs/core/12_hub.ipynb #cell-15
 def _announced(dataset:HubDataSet, names:list[str])->dict[str, tuple]:
     "Size and sha256 of each file as the hub has them."
     infos = _ask_hub(dataset, "get_paths_info", dataset.repo, names, repo_type="dataset")
@@ -84,7 +84,7 @@ def _announced(dataset:HubDataSet, names:list[str])->dict[str, tuple]:
     if absent: raise SpeedrunError(f"{dataset.url} has no {', '.join(absent)} any more.")
     return found
 
-# %% ../../nbs/core/12_hub.ipynb #cell-16
+# %% ../../nbs/core/12_hub.ipynb #cell-17
 def _fetch_shard(
     dataset:HubDataSet,
     path:Path,
@@ -101,14 +101,14 @@ def _fetch_shard(
                  force_download=attempt == 1)
     raise SpeedrunError(f"{path.name}, fetched twice, is not sound: {trouble} Try again later, or see {dataset.url}.")
 
-# %% ../../nbs/core/12_hub.ipynb #cell-17
+# %% ../../nbs/core/12_hub.ipynb #cell-18
 def _bar(names:list[str], title:str)->Iterable[str]:
     "Progress on standard error, where tqdm is installed."
     try: from tqdm import tqdm
     except ModuleNotFoundError: return names
     return tqdm(names, desc=title, unit="file")
 
-# %% ../../nbs/core/12_hub.ipynb #cell-19
+# %% ../../nbs/core/12_hub.ipynb #cell-20
 def _number_of_shards(dataset:HubDataSet, shards:int|None, say:Callable)->int:
     "How many shards to fetch. Raises `SpeedrunError` for more than there are."
     if shards is None:
@@ -117,7 +117,7 @@ def _number_of_shards(dataset:HubDataSet, shards:int|None, say:Callable)->int:
     if 1 <= shards <= dataset.count: return shards
     raise SpeedrunError(f"--shards {shards}: {dataset.name} has 1 to {dataset.count}. {dataset.advice}")
 
-# %% ../../nbs/core/12_hub.ipynb #cell-20
+# %% ../../nbs/core/12_hub.ipynb #cell-21
 def _what_to_expect(dataset:HubDataSet, missing:list[str], unknown:list[str], say:Callable)->dict[str, tuple]:
     "Size and sha256 as announced; nothing where the hub cannot be asked and no file is missing."
     if not missing and not unknown: return {}
@@ -127,7 +127,7 @@ def _what_to_expect(dataset:HubDataSet, missing:list[str], unknown:list[str], sa
         say(f"note: {error} The files that are there were not compared with those published.")
         return {}
 
-# %% ../../nbs/core/12_hub.ipynb #cell-21
+# %% ../../nbs/core/12_hub.ipynb #cell-23
 def fetch_shards(
     dataset:HubDataSet,
     shards:int|None,     # how many; None: as many as the data set says
@@ -146,7 +146,7 @@ def fetch_shards(
         _note_hash(folder, name, _fetch_shard(dataset, folder / name, *announced.get(name, ())))
     return folder
 
-# %% ../../nbs/core/12_hub.ipynb #cell-23
+# %% ../../nbs/core/12_hub.ipynb #cell-25
 def _expected(dataset:HubDataSet)->list[str]:
     "The files that are always needed, and the shards up to the last that is or was there."
     noted = {name for folder in data_folders(dataset.name) for name in read_hashes(folder)}
@@ -154,7 +154,7 @@ def _expected(dataset:HubDataSet)->list[str]:
     known = [number for number, name in enumerate(names, 1) if name in noted or folder_with(dataset, name)]
     return names[:max([*known, len(dataset.fixed) + 1])]
 
-# %% ../../nbs/core/12_hub.ipynb #cell-24
+# %% ../../nbs/core/12_hub.ipynb #cell-26
 def _check_shard(dataset:HubDataSet, name:str)->dict:
     "Where a file was found, whether it is right, and by what that was decided."
     folder = folder_with(dataset, name)
@@ -168,7 +168,7 @@ def check_shards(dataset:HubDataSet)->list[dict]:
     "A row a file: where it was found, whether it is the right one, and by what that was decided."
     return [_check_shard(dataset, name) for name in _expected(dataset)]
 
-# %% ../../nbs/core/12_hub.ipynb #cell-25
+# %% ../../nbs/core/12_hub.ipynb #cell-28
 def shards_found(dataset:HubDataSet)->tuple[list[str], set[Path]]:
     "The files that are there, unchecked, and the folders that hold them."
     places = {name: folder_with(dataset, name) for name in dataset.file_names(dataset.count)}

@@ -38,7 +38,7 @@ def _hash_changes(root:Path)->str: # 16 hexadecimal digits
         if path.is_file(): digest.update(name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
-# %% ../../nbs/core/07_machine.ipynb #cell-07
+# %% ../../nbs/core/07_machine.ipynb #cell-08
 def git_state(
     root:Path,  # a folder in a checkout
 )->dict:        # commit, dirty, diff_hash; None where there is no git
@@ -48,7 +48,7 @@ def git_state(
     if commit is None or status is None: return dict(commit=None, dirty=None, diff_hash=None)
     return dict(commit=commit.strip(), dirty=bool(status), diff_hash=_hash_changes(root) if status else None)
 
-# %% ../../nbs/core/07_machine.ipynb #cell-10
+# %% ../../nbs/core/07_machine.ipynb #cell-11
 @functools.cache
 def package_hash()->str: # 12 hexadecimal digits
     "A hash of the exported package: every .py file by name and content."
@@ -60,7 +60,7 @@ def package_hash()->str: # 12 hexadecimal digits
 
 PACKAGES = "speedrun_nb torch numpy scipy statsmodels pandas pyarrow papermill ipykernel matplotlib PyYAML".split()
 
-# %% ../../nbs/core/07_machine.ipynb #cell-12
+# %% ../../nbs/core/07_machine.ipynb #cell-13
 def package_versions()->dict[str, str]:
     "Versions of what is installed of `PACKAGES`."
     found = {}
@@ -68,7 +68,7 @@ def package_versions()->dict[str, str]:
         with suppress(importlib.metadata.PackageNotFoundError): found[name] = importlib.metadata.version(name)
     return found
 
-# %% ../../nbs/core/07_machine.ipynb #cell-15
+# %% ../../nbs/core/07_machine.ipynb #cell-16
 @functools.cache
 def host_id()->str: # 12 hexadecimal digits
     "An identity of this machine that tells nothing else about it."
@@ -76,13 +76,13 @@ def host_id()->str: # 12 hexadecimal digits
     except OSError: machine = str(uuid.getnode())
     return hashlib.sha256(f"{machine}{socket.gethostname()}".encode()).hexdigest()[:12]
 
-# %% ../../nbs/core/07_machine.ipynb #cell-16
+# %% ../../nbs/core/07_machine.ipynb #cell-18
 def cpu_cores()->int:
     "How many cores this process may use."
     if hasattr(os, "sched_getaffinity"): return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
-# %% ../../nbs/core/07_machine.ipynb #cell-17
+# %% ../../nbs/core/07_machine.ipynb #cell-19
 def cpu_name()->str:
     "The processor's name."
     with suppress(OSError):
@@ -90,7 +90,7 @@ def cpu_name()->str:
             if line.startswith("model name"): return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
 
-# %% ../../nbs/core/07_machine.ipynb #cell-19
+# %% ../../nbs/core/07_machine.ipynb #cell-21
 _GPU_FIELDS = ["name", "driver_version", "clocks.max.sm", "clocks.max.memory", "power.limit"]
 
 def gpu_state()->list[dict]:
@@ -100,13 +100,13 @@ def gpu_state()->list[dict]:
     rows = [map(str.strip, line.split(",")) for line in printed.splitlines()]
     return [dict(zip(_GPU_FIELDS, row, strict=False)) for row in rows]
 
-# %% ../../nbs/core/07_machine.ipynb #cell-20
+# %% ../../nbs/core/07_machine.ipynb #cell-22
 def cuda_version()->str|None:
     "The CUDA that torch was built for; None where torch is not loaded."
     torch = sys.modules.get("torch")
     return torch.version.cuda if torch else None
 
-# %% ../../nbs/core/07_machine.ipynb #cell-21
+# %% ../../nbs/core/07_machine.ipynb #cell-24
 def machine_state(root:Path)->dict: # the project
     "Everything that is known before a batch starts."
     code = dict(git=git_state(root), package_hash=package_hash(), packages=package_versions())
@@ -114,7 +114,7 @@ def machine_state(root:Path)->dict: # the project
     processors = dict(cpu=cpu_name(), cpu_count=os.cpu_count(), gpus=gpu_state(), cuda=cuda_version())
     return code | system | processors
 
-# %% ../../nbs/core/07_machine.ipynb #cell-24
+# %% ../../nbs/core/07_machine.ipynb #cell-27
 def boot_id()->str|None:
     "Changes when the machine restarts (Linux)."
     try: return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -125,7 +125,7 @@ def pid_namespace()->str|None:
     try: return os.readlink("/proc/self/ns/pid")
     except OSError: return None
 
-# %% ../../nbs/core/07_machine.ipynb #cell-25
+# %% ../../nbs/core/07_machine.ipynb #cell-29
 def process_started(pid:int)->int|None:
     "When a process started, in clock ticks since the machine did; 0 if unknown; None if it does not run."
     try: stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -134,7 +134,7 @@ def process_started(pid:int)->int|None:
     is_dead = stat[0] in "ZX"  # a zombie, or about to vanish
     return None if is_dead else int(stat[19])
 
-# %% ../../nbs/core/07_machine.ipynb #cell-27
+# %% ../../nbs/core/07_machine.ipynb #cell-31
 def _started_without_proc(pid:int)->int|None:
     "0 where the process runs, None where it does not."
     try: os.kill(pid, 0)
@@ -142,14 +142,14 @@ def _started_without_proc(pid:int)->int|None:
     except PermissionError: pass
     return 0
 
-# %% ../../nbs/core/07_machine.ipynb #cell-28
+# %% ../../nbs/core/07_machine.ipynb #cell-33
 def this_process()->dict:
     "What tells this process from any other, on any machine, at any time."
     pid = os.getpid()
     place = dict(host_id=host_id(), boot_id=boot_id(), pid_namespace=pid_namespace())
     return place | dict(pid=pid, pid_started=process_started(pid))
 
-# %% ../../nbs/core/07_machine.ipynb #cell-30
+# %% ../../nbs/core/07_machine.ipynb #cell-35
 def still_runs(
     process:Mapping,  # as `this_process` gave it
 )->bool|None:         # None: it is of another machine or container, so this one cannot know

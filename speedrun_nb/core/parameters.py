@@ -38,7 +38,7 @@ def _refuse_base_60(number:int)->None:
     raise SpeedrunError(f"seeds: {number} may be a count, or {hours} read as a number in base 60. "
                         f'Write "0:{number}" or "{hours}" with quotes.')
 
-# %% ../../nbs/core/14_parameters.ipynb #cell-07
+# %% ../../nbs/core/14_parameters.ipynb #cell-08
 def _is_seed(value)->bool: return type(value) is int and 0 <= value < 2**31
 
 def read_seeds(
@@ -54,7 +54,7 @@ def read_seeds(
     if len(set(found)) == len(found): return tuple(found)
     raise SpeedrunError(f"seeds: {list(found)} names a seed twice; a deliberate replicate has another `repeat`")
 
-# %% ../../nbs/core/14_parameters.ipynb #cell-10
+# %% ../../nbs/core/14_parameters.ipynb #cell-11
 @dataclass(frozen=True)
 class BatchPlan:
     "A validated batch."
@@ -83,7 +83,7 @@ class BatchPlan:
 
     def __str__(self)->str: return "\n".join(_summary(self))
 
-# %% ../../nbs/core/14_parameters.ipynb #cell-12
+# %% ../../nbs/core/14_parameters.ipynb #cell-13
 def _summary(plan:BatchPlan)->list[str]:
     "A batch in some lines: the variant, what it changes, where its records will be."
     variant, study = plan.variant, plan.variant.study
@@ -96,38 +96,38 @@ def _summary(plan:BatchPlan)->list[str]:
     if notice: lines.append(f"  {notice}")
     return [*lines, f"  records: {plan.folder}"]
 
-# %% ../../nbs/core/14_parameters.ipynb #cell-14
+# %% ../../nbs/core/14_parameters.ipynb #cell-15
 def _whole_number(name:str, value, low:int=0)->int:
     "A parameter as a whole number from `low` up."
     if isinstance(value, str) and _COUNT.fullmatch(value): value = int(value)
     if type(value) is int and value >= low: return value
     raise SpeedrunError(f"{name}: {value!r} is not a whole number from {low} up")
 
-# %% ../../nbs/core/14_parameters.ipynb #cell-16
+# %% ../../nbs/core/14_parameters.ipynb #cell-17
 def batch_name()->str:
     "A name that no other batch has: UTC time and random digits."
     return f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{secrets.token_hex(3)}"
 
-# %% ../../nbs/core/14_parameters.ipynb #cell-17
+# %% ../../nbs/core/14_parameters.ipynb #cell-19
 def _folder_name(batch)->str:
     "The name of a batch, which is that of its folder."
     name = str(batch or batch_name())
     if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name): return name
     raise SpeedrunError(f"batch: {batch!r} is not a folder's name; use letters, digits, '.', '_' and '-'")
 
-# %% ../../nbs/core/14_parameters.ipynb #cell-18
+# %% ../../nbs/core/14_parameters.ipynb #cell-20
 def _outputs_folder(outputs)->Path:
     "The folder of collected runs, absolute."
     if isinstance(outputs, (str, Path)) and str(outputs).strip(): return from_root(outputs)
     raise SpeedrunError(f"outputs: {outputs!r} is not a folder")
 
-# %% ../../nbs/core/14_parameters.ipynb #cell-20
+# %% ../../nbs/core/14_parameters.ipynb #cell-22
 def refuse_taken(plan:BatchPlan)->None:
     "Raises `SpeedrunError`: the folder of the batch holds one already."
     raise SpeedrunError(f"batch: {plan.folder} holds a batch already; records are never overwritten. "
                         "Choose another name.")
 
-# %% ../../nbs/core/14_parameters.ipynb #cell-21
+# %% ../../nbs/core/14_parameters.ipynb #cell-24
 def plan_batch(
     study:str,                    # "cifar"
     variant:str="baseline",       # a file in params/<study>/
@@ -154,7 +154,7 @@ def plan_batch(
     if (plan.folder / "provenance.json").exists(): refuse_taken(plan)
     return plan
 
-# %% ../../nbs/core/14_parameters.ipynb #cell-25
+# %% ../../nbs/core/14_parameters.ipynb #cell-28
 _DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(plan_batch).parameters.items()
              if parameter.default is not parameter.empty}
 PARAMETERS = tuple(_DEFAULTS)
@@ -163,7 +163,7 @@ def default_parameters(study:str)->dict:
     "The parameters that a study's run notebook takes, and their defaults."
     return _DEFAULTS | load_study(study).parameters
 
-# %% ../../nbs/core/14_parameters.ipynb #cell-26
+# %% ../../nbs/core/14_parameters.ipynb #cell-30
 _PLAIN = (str, int, float, bool, list, tuple, dict, type(None))
 _IPYTHON = {"In", "Out"}
 

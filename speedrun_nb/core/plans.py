@@ -49,7 +49,7 @@ def plan_folder(outputs:Path, name:str)->Path:
     "Where a sweep keeps its plan and its state."
     return Path(outputs) / FOLDER / name
 
-# %% ../../nbs/core/17_plans.ipynb #cell-09
+# %% ../../nbs/core/17_plans.ipynb #cell-10
 def read_plan(
     path:Path,  # of a plan.json
 )->SweepPlan:
@@ -62,7 +62,7 @@ def read_plan(
     if plan.name == path.parent.name: return plan
     raise SpeedrunError(f"{path} was changed after it was frozen: its content has the name {plan.name}; {restore}")
 
-# %% ../../nbs/core/17_plans.ipynb #cell-10
+# %% ../../nbs/core/17_plans.ipynb #cell-12
 def freeze(
     plan:SweepPlan,
     outputs:Path,
@@ -79,7 +79,7 @@ def freeze(
         raise SpeedrunError(f"outputs: {path} cannot be written ({error.strerror}). {remedy}") from None
     return read_plan(path)
 
-# %% ../../nbs/core/17_plans.ipynb #cell-11
+# %% ../../nbs/core/17_plans.ipynb #cell-14
 def read_plans(
     outputs:Path,           # folder of collected runs
     study:str|None=None,    # only of this study

@@ -80,7 +80,7 @@ def _parser(study:str)->argparse.ArgumentParser:
                         help="a parameter; may be repeated")
     return parser
 
-# %% ../../nbs/core/16_progress.ipynb #cell-13
+# %% ../../nbs/core/16_progress.ipynb #cell-14
 def train_batch(
     study:str,
     arguments:list[str]|None=None, # sys.argv by default

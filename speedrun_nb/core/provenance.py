@@ -26,14 +26,14 @@ def utc_now()->str:
 
 def _file(folder:Path)->Path: return Path(folder) / "provenance.json"
 
-# %% ../../nbs/core/08_provenance.ipynb #cell-06
+# %% ../../nbs/core/08_provenance.ipynb #cell-07
 def read_provenance(folder:Path)->dict:
     "provenance.json of a batch; empty where nothing is written yet."
     try: return json.loads(_file(folder).read_text(encoding="utf-8") or "{}")
     except FileNotFoundError: return {}
     except (OSError, ValueError) as error: raise SpeedrunError(f"{_file(folder)} cannot be read: {error}") from None
 
-# %% ../../nbs/core/08_provenance.ipynb #cell-07
+# %% ../../nbs/core/08_provenance.ipynb #cell-08
 def read_provenances(
     outputs:Path,          # the folder of collected runs
     study:str|None=None,   # only this study
@@ -42,7 +42,7 @@ def read_provenances(
     folders = [path.parent for path in sorted(outputs.glob(f"{study or '*'}/*/*/*/provenance.json"))]
     return {str(folder.relative_to(outputs)): read_provenance(folder) for folder in folders}
 
-# %% ../../nbs/core/08_provenance.ipynb #cell-09
+# %% ../../nbs/core/08_provenance.ipynb #cell-10
 HEARTBEAT_SECONDS = 10
 DEAD_AFTER_SECONDS = 60
 GIVEN_UP = "given_up"
@@ -87,7 +87,7 @@ class Provenance:
         self._ended.set()
         self.update(status=status, ended_at=utc_now(), **facts)
 
-# %% ../../nbs/core/08_provenance.ipynb #cell-11
+# %% ../../nbs/core/08_provenance.ipynb #cell-12
 def last_heartbeat(folder:Path)->datetime.datetime:
     "When a batch last gave a sign of life, UTC."
     return datetime.datetime.fromtimestamp(_file(folder).stat().st_mtime, datetime.UTC)
@@ -100,14 +100,14 @@ def batch_state(folder:Path)->str:
     if runs is None: runs = abs(time.time() - _file(folder).stat().st_mtime) < DEAD_AFTER_SECONDS
     return "running" if runs else "interrupted"
 
-# %% ../../nbs/core/08_provenance.ipynb #cell-15
+# %% ../../nbs/core/08_provenance.ipynb #cell-16
 def note(folder:Path, **facts)->None:
     "Add facts about a batch that has ended; nothing where it left no provenance.json, or it cannot be written."
     with suppress(OSError):
         known = read_provenance(folder)
         if known: write_json(_file(folder), known | facts)
 
-# %% ../../nbs/core/08_provenance.ipynb #cell-16
+# %% ../../nbs/core/08_provenance.ipynb #cell-18
 def give_up(
     folder:Path,   # of a batch that is dead, or does not answer
     error:str,     # why

@@ -31,7 +31,7 @@ class Ready:
     data:dict              # sha256 by file
     ranks:int|None=None    # processes that train together, where a study has several
 
-# %% ../../nbs/core/05_records.ipynb #cell-06
+# %% ../../nbs/core/05_records.ipynb #cell-07
 @dataclass(frozen=True)
 class Progress:
     "How far a run is."
@@ -40,7 +40,7 @@ class Progress:
     steps:int              # steps in all
     message:str=""         # what is worth showing
 
-# %% ../../nbs/core/05_records.ipynb #cell-08
+# %% ../../nbs/core/05_records.ipynb #cell-09
 @dataclass(frozen=True)
 class Result:
     "One run, however it ended."
@@ -57,7 +57,7 @@ class Result:
     compiled:dict|None=None # {"how": "none", "model" or "blocks", "graphs", "recompiles", "fallbacks"}
     resumed_at:int|None=None # the step from which an interrupted run was resumed
 
-# %% ../../nbs/core/05_records.ipynb #cell-10
+# %% ../../nbs/core/05_records.ipynb #cell-11
 RECORD_SCHEMA = 1  # version of the record
 
 def run_id(
@@ -71,7 +71,7 @@ def run_id(
     cell = json.dumps([study, profile, config_hash, seed, repeat])
     return hashlib.sha256(cell.encode()).hexdigest()[:16]
 
-# %% ../../nbs/core/05_records.ipynb #cell-12
+# %% ../../nbs/core/05_records.ipynb #cell-13
 FINGERPRINT_LOSSES = 20
 
 def fingerprint(
@@ -83,7 +83,7 @@ def fingerprint(
     numbers = [*list(losses)[:FINGERPRINT_LOSSES], *(math.nan if value is None else value for value in values)]
     return hashlib.sha256(struct.pack(f"<{len(numbers)}d", *numbers)).hexdigest()[:12]
 
-# %% ../../nbs/core/05_records.ipynb #cell-15
+# %% ../../nbs/core/05_records.ipynb #cell-16
 def json_ready(value):
     "A copy that JSON can hold: non-finite numbers become None, numpy scalars plain numbers, tuples lists."
     if isinstance(value, Mapping): return {str(key): json_ready(inner) for key, inner in value.items()}
@@ -91,7 +91,7 @@ def json_ready(value):
     if hasattr(value, "item"): value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
-# %% ../../nbs/core/05_records.ipynb #cell-17
+# %% ../../nbs/core/05_records.ipynb #cell-18
 def append_record(
     path:Path,       # runs.jsonl
     record:Mapping,
@@ -104,14 +104,14 @@ def append_record(
         file.flush()
         os.fsync(file.fileno())
 
-# %% ../../nbs/core/05_records.ipynb #cell-18
+# %% ../../nbs/core/05_records.ipynb #cell-19
 def _ends_line(file)->bool:
     "Is a file, open at its end, empty or does it end with a whole line?"
     if not file.tell(): return True
     file.seek(-1, os.SEEK_END)
     return file.read(1) == b"\n"
 
-# %% ../../nbs/core/05_records.ipynb #cell-20
+# %% ../../nbs/core/05_records.ipynb #cell-21
 def write_json(
     path:Path,
     data:Mapping,
@@ -128,7 +128,7 @@ def write_json(
         part.unlink(missing_ok=True)
         raise
 
-# %% ../../nbs/core/05_records.ipynb #cell-22
+# %% ../../nbs/core/05_records.ipynb #cell-23
 def parse_line(
     line:bytes,
 )->dict|None:    # None where it is not a whole record
@@ -137,7 +137,7 @@ def parse_line(
     except (ValueError, RecursionError): return None
     return record if isinstance(record, dict) and "run_id" in record else None
 
-# %% ../../nbs/core/05_records.ipynb #cell-23
+# %% ../../nbs/core/05_records.ipynb #cell-24
 def read_records(
     path:Path,                      # runs.jsonl
 )->tuple[list[dict], list[str]]:    # records; problems, each naming file and line
@@ -152,12 +152,12 @@ def read_records(
             problems.append(f"{path}, line {number}: {fault} record left out")
     return records, problems
 
-# %% ../../nbs/core/05_records.ipynb #cell-27
+# %% ../../nbs/core/05_records.ipynb #cell-28
 FIELDS = ("schema run_id study profile variant config config_hash seed repeat batch sweep block order host_id "
           "device precision threads ranks package_hash status error started_at ended_at time_seconds tokens "
           "compiled resumed_at regions clock peak_memory_bytes fingerprint curve").split()
 
-# %% ../../nbs/core/05_records.ipynb #cell-29
+# %% ../../nbs/core/05_records.ipynb #cell-30
 _OWN_FIELDS = ("time_seconds", "peak_memory_bytes")  # metrics that have a field of their own
 
 def _measured(result:Result, metrics:Mapping[str, Metric])->dict:
@@ -167,7 +167,7 @@ def _measured(result:Result, metrics:Mapping[str, Metric])->dict:
         if name not in declared: raise SpeedrunError(f"the trainer reported {name}, which is no metric of the study")
     return {name: result.metrics.get(name) for name in declared}
 
-# %% ../../nbs/core/05_records.ipynb #cell-30
+# %% ../../nbs/core/05_records.ipynb #cell-32
 def make_record(
     result:Result,
     ready:Ready,

@@ -94,7 +94,7 @@ def _check_schema(schema:int|None)->None:
     known = f"this version, which knows {RECORD_SCHEMA}"
     raise ValueError(f"record left out: schema {schema} is not known to {known}")
 
-# %% ../../nbs/core/06_runs.ipynb #cell-12
+# %% ../../nbs/core/06_runs.ipynb #cell-13
 _WRONG_TYPE = re.compile(r"Expected `(.+)`, got `(.+?)`(?: - at `\$\.?(.*)`)?")
 _MISSING = re.compile(r"Object missing required field `(.+)`")
 
@@ -107,13 +107,13 @@ def _plainly(error:msgspec.ValidationError)->str:
     wanted, got, where = wrong.groups()
     return f"{where or 'the line'}: expected {wanted.replace(' | ', ' or ')}, found {got}"
 
-# %% ../../nbs/core/06_runs.ipynb #cell-16
+# %% ../../nbs/core/06_runs.ipynb #cell-17
 def _lines_of(path:Path)->list[bytes]:
     "The lines of a regular file; what follows the last end of line is the last of them."
     if not stat.S_ISREG(path.stat().st_mode): raise OSError(None, "not a regular file")
     return path.read_bytes().split(b"\n")
 
-# %% ../../nbs/core/06_runs.ipynb #cell-17
+# %% ../../nbs/core/06_runs.ipynb #cell-18
 def read_file(
     path:Path,
     problems:list[str],  # gets a sentence for whatever is left out
@@ -130,13 +130,13 @@ def read_file(
             cut_off = number == len(lines) and str(error).startswith("damaged")
             problems.append(f"{path}, line {number}: {'half-written record left out' if cut_off else error}")
 
-# %% ../../nbs/core/06_runs.ipynb #cell-19
+# %% ../../nbs/core/06_runs.ipynb #cell-20
 def _column(values:list)->pd.Series:
     "Numbers as such, with NaN where there is none; anything else as it is."
     first = next((value for value in values if value is not None), None)
     return pd.Series(values, dtype=None if isinstance(first, (int, float)) else object)
 
-# %% ../../nbs/core/06_runs.ipynb #cell-20
+# %% ../../nbs/core/06_runs.ipynb #cell-22
 def make_frame(runs:list[RunRecord])->pd.DataFrame:
     "A row a run: the fields of a record, then its metrics. A metric that has the name of a field is left out."
     frame = {name: _column([getattr(run, name) for run in runs]) for name in FIELDS}
@@ -145,7 +145,7 @@ def make_frame(runs:list[RunRecord])->pd.DataFrame:
     for name in names: frame[name] = _column([metrics.get(name) for metrics in measured])
     return pd.DataFrame(frame, columns=[*FIELDS, *names])
 
-# %% ../../nbs/core/06_runs.ipynb #cell-22
+# %% ../../nbs/core/06_runs.ipynb #cell-24
 def _files(outputs:Path, study:str, profile:str)->list[Path]:
     "Everything that is called runs.jsonl and stands in the folder of a batch, links that lead nowhere included."
     paths = [folder / "runs.jsonl" for folder in outputs.glob(f"{study}/{profile}/*/*")]
@@ -155,7 +155,7 @@ def _by_start(run:RunRecord)->tuple:
     "Runs without a start come last; the identity decides between runs that started at once."
     return run.started_at is None, run.started_at or "", run.run_id
 
-# %% ../../nbs/core/06_runs.ipynb #cell-24
+# %% ../../nbs/core/06_runs.ipynb #cell-26
 def read_runs(
     outputs:Path,                # the folder of collected runs
     study:str|None=None,         # only this study

@@ -52,7 +52,7 @@ for _tag, _pattern in _SCALARS.items():
     _CoreSchemaLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})$"), None)
 _CoreSchemaLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
 
-# %% ../../nbs/core/02_settings.ipynb #cell-10
+# %% ../../nbs/core/02_settings.ipynb #cell-11
 def parse_yaml(
     text:str,              # YAML 1.2
     where:str="the text",  # named in errors
@@ -64,7 +64,7 @@ def parse_yaml(
         place = f"{where}, line {mark.line + 1}, column {mark.column + 1}" if mark else where
         raise SpeedrunError(f"{place}: {problem or error}") from None
 
-# %% ../../nbs/core/02_settings.ipynb #cell-13
+# %% ../../nbs/core/02_settings.ipynb #cell-14
 def read_yaml(path:Path)->dict:
     "Read a YAML file that holds a mapping. Raises `SpeedrunError` naming the file."
     try: text = Path(path).read_text(encoding="utf-8")
@@ -74,7 +74,7 @@ def read_yaml(path:Path)->dict:
     if isinstance(data, dict): return data
     raise SpeedrunError(f"{path}: expected `key: value` lines, found {type(data).__name__}")
 
-# %% ../../nbs/core/02_settings.ipynb #cell-16
+# %% ../../nbs/core/02_settings.ipynb #cell-17
 def setting(
     help:str,        # what the setting means, with its unit
     low=None,        # smallest valid value
@@ -87,7 +87,7 @@ def setting(
     limits = dict(low=low, high=high, above=above, choices=choices)
     return dataclasses.field(metadata=dict(help=help, **limits, implementation=implementation))
 
-# %% ../../nbs/core/02_settings.ipynb #cell-18
+# %% ../../nbs/core/02_settings.ipynb #cell-19
 def schema_fields(
     schema:type,     # a dataclass of dataclasses
     prefix:str="",
@@ -100,7 +100,7 @@ def schema_fields(
         else: found[name] = (kind, field.metadata)
     return found
 
-# %% ../../nbs/core/02_settings.ipynb #cell-21
+# %% ../../nbs/core/02_settings.ipynb #cell-22
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
 _BOUNDS = {"low": "at least", "above": "above", "high": "at most"}
 
@@ -109,7 +109,7 @@ def _unwrap(kind)->tuple[bool, type]:
     if not isinstance(kind, types.UnionType): return False, kind
     return True, next(k for k in typing.get_args(kind) if k is not type(None))
 
-# %% ../../nbs/core/02_settings.ipynb #cell-22
+# %% ../../nbs/core/02_settings.ipynb #cell-23
 def _describe(kind, metadata:Mapping)->str:
     "What a setting accepts, for errors and tables."
     if metadata.get("choices"): return "one of " + ", ".join(metadata["choices"])
@@ -120,7 +120,7 @@ def _describe(kind, metadata:Mapping)->str:
     if bounds: text += " " + ", ".join(bounds)
     return text + (", or none" if optional else "")
 
-# %% ../../nbs/core/02_settings.ipynb #cell-25
+# %% ../../nbs/core/02_settings.ipynb #cell-26
 def _in_type(value, kind):
     "`value` as a plain type, if nothing is lost. Raises ValueError."
     if kind is str and value is None: value = "none"
@@ -129,7 +129,7 @@ def _in_type(value, kind):
     if type(value) is not kind: raise ValueError
     return value
 
-# %% ../../nbs/core/02_settings.ipynb #cell-27
+# %% ../../nbs/core/02_settings.ipynb #cell-28
 def _is_within(value, metadata:Mapping)->bool:
     "Is a value finite and within the bounds of its setting?"
     low, high, above, choices = (metadata.get(key) for key in ("low", "high", "above", "choices"))
@@ -139,7 +139,7 @@ def _is_within(value, metadata:Mapping)->bool:
     if above is not None and value <= above: return False
     return not choices or value in choices
 
-# %% ../../nbs/core/02_settings.ipynb #cell-28
+# %% ../../nbs/core/02_settings.ipynb #cell-30
 def _convert(value, kind, metadata:Mapping):
     "`value` as `kind`, or ValueError."
     if isinstance(value, str) and kind is not str: value = parse_yaml(value)
@@ -151,7 +151,7 @@ def _convert(value, kind, metadata:Mapping):
     if not _is_within(value, metadata): raise ValueError
     return value
 
-# %% ../../nbs/core/02_settings.ipynb #cell-29
+# %% ../../nbs/core/02_settings.ipynb #cell-32
 def check_value(
     name:str,      # dotted name, for errors
     value:object,  # as read from YAML, a command line or a notebook
@@ -167,7 +167,7 @@ def check_value(
         hint = nearest(value, metadata["choices"]) if metadata.get("choices") else ""
         raise SpeedrunError(f"{name}: {shown} is not valid; it takes {_describe(kind, metadata)}.{hint}") from None
 
-# %% ../../nbs/core/02_settings.ipynb #cell-32
+# %% ../../nbs/core/02_settings.ipynb #cell-35
 def flatten(
     data:Mapping,     # nested, dotted, or both
     where:str,        # for errors
@@ -184,7 +184,7 @@ def flatten(
         flat |= inside
     return flat
 
-# %% ../../nbs/core/02_settings.ipynb #cell-34
+# %% ../../nbs/core/02_settings.ipynb #cell-38
 def check_settings(
     schema:type,    # the study's dataclass
     flat:Mapping,   # some of its settings, by dotted name
@@ -200,7 +200,7 @@ def check_settings(
         except SpeedrunError as error: raise SpeedrunError(f"{where}: {error}") from None
     return checked
 
-# %% ../../nbs/core/02_settings.ipynb #cell-36
+# %% ../../nbs/core/02_settings.ipynb #cell-40
 def build(
     schema:type,    # the study's dataclass
     flat:Mapping,   # every setting, by dotted name
@@ -214,7 +214,7 @@ def build(
     for problem in getattr(settings, "rules", tuple)(): raise SpeedrunError(f"{where}: {problem}")
     return settings
 
-# %% ../../nbs/core/02_settings.ipynb #cell-37
+# %% ../../nbs/core/02_settings.ipynb #cell-41
 def _instantiate(schema:type, flat:Mapping, prefix:str):
     "A dataclass of dataclasses from its dotted names."
     values, hints = {}, typing.get_type_hints(schema)
@@ -224,7 +224,7 @@ def _instantiate(schema:type, flat:Mapping, prefix:str):
         values[field.name] = _instantiate(kind, flat, f"{name}.") if nested else flat[name]
     return schema(**values)
 
-# %% ../../nbs/core/02_settings.ipynb #cell-38
+# %% ../../nbs/core/02_settings.ipynb #cell-43
 def to_flat(settings)->dict:
     "The inverse of `build`: dotted names and plain values."
     return flatten(dataclasses.asdict(settings), "settings")
@@ -235,7 +235,7 @@ def show_setting(value)->str:
     if isinstance(value, (list, tuple)): return ", ".join(map(str, value))
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
-# %% ../../nbs/core/02_settings.ipynb #cell-43
+# %% ../../nbs/core/02_settings.ipynb #cell-48
 def config_hash(
     flat:Mapping,  # every setting, by dotted name
 )->str:            # 12 hexadecimal digits

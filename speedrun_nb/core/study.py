@@ -28,7 +28,7 @@ def _package_folder()->Path:
     "Where the modules of this package are."
     return Path(importlib.util.find_spec("speedrun_nb").origin).resolve().parent
 
-# %% ../../nbs/core/03_study.ipynb #cell-06
+# %% ../../nbs/core/03_study.ipynb #cell-07
 def project_root(
     start:Path|None=None,  # where to look from; the working directory by default
 )->Path:
@@ -39,14 +39,14 @@ def project_root(
     remedy = "Change into one, or name it: speedrun --root FOLDER ..."
     raise SpeedrunError(f"{start} is not inside a checkout of speedrun_nb. {remedy}")
 
-# %% ../../nbs/core/03_study.ipynb #cell-08
+# %% ../../nbs/core/03_study.ipynb #cell-09
 def from_root(
     path:str|Path,  # absolute, or relative to the root
 )->Path:
     "An absolute path."
     return project_root() / Path(path).expanduser()
 
-# %% ../../nbs/core/03_study.ipynb #cell-11
+# %% ../../nbs/core/03_study.ipynb #cell-12
 @dataclass(frozen=True)
 class Metric:
     "Something measured in a run."
@@ -67,14 +67,14 @@ class Metric:
         unit = "percentage points" if sign and self.unit == "%" else self.unit
         return f"{value * self.scale:{'+' if sign else ''}.{self.digits}f} {unit}"
 
-# %% ../../nbs/core/03_study.ipynb #cell-14
+# %% ../../nbs/core/03_study.ipynb #cell-15
 @dataclass(frozen=True)
 class Guard:
     "What a variant must not spoil."
     metric:str    # name of a metric of the study
     margin:float  # absolute, in the stored unit: the variant must not be worse by more than this
 
-# %% ../../nbs/core/03_study.ipynb #cell-15
+# %% ../../nbs/core/03_study.ipynb #cell-17
 @dataclass(frozen=True)
 class Claim:
     "What a variant promises."
@@ -83,14 +83,14 @@ class Claim:
     at_least:float   # relative to the baseline's mean; a smaller effect does not count
     guard:Guard|None=None
 
-# %% ../../nbs/core/03_study.ipynb #cell-16
+# %% ../../nbs/core/03_study.ipynb #cell-18
 @dataclass(frozen=True)
 class Target:
     "The quality that a speedrun asks for."
     metric:str    # name of a metric of the study
     value:float   # in the stored unit
 
-# %% ../../nbs/core/03_study.ipynb #cell-18
+# %% ../../nbs/core/03_study.ipynb #cell-20
 def _take(data:object, keys:list[str], where:str)->Mapping:
     "Check that `data` is a mapping with exactly `keys`."
     if not isinstance(data, Mapping): raise SpeedrunError(f"{where}: expected a mapping with {', '.join(keys)}")
@@ -99,7 +99,7 @@ def _take(data:object, keys:list[str], where:str)->Mapping:
         if key not in data: raise SpeedrunError(f"{where}: {key} is missing")
     return data
 
-# %% ../../nbs/core/03_study.ipynb #cell-19
+# %% ../../nbs/core/03_study.ipynb #cell-21
 def _not_negative(data:Mapping, key:str, where:str)->float:
     "The number `data[key]`, from 0 up."
     value = data[key]
@@ -107,14 +107,14 @@ def _not_negative(data:Mapping, key:str, where:str)->float:
     if is_number and math.isfinite(value) and value >= 0: return float(value)
     raise SpeedrunError(f"{where}.{key}: {value!r} is not a number from 0 up")
 
-# %% ../../nbs/core/03_study.ipynb #cell-20
+# %% ../../nbs/core/03_study.ipynb #cell-23
 def _read_guard(data:object, metrics:Mapping[str,Metric], where:str)->Guard:
     "Validate the guard of a claim."
     _take(data, ["metric", "margin"], where)
     one_of(data["metric"], metrics, f"metric ({where}.metric)")
     return Guard(data["metric"], _not_negative(data, "margin", where))
 
-# %% ../../nbs/core/03_study.ipynb #cell-21
+# %% ../../nbs/core/03_study.ipynb #cell-24
 def _check_direction(direction:str, metric:Metric, where:str)->None:
     "A claim promises that a metric gets better."
     one_of(direction, ["decrease", "increase"], f"direction ({where}.direction)")
@@ -122,7 +122,7 @@ def _check_direction(direction:str, metric:Metric, where:str)->None:
     if direction == wanted: return
     raise SpeedrunError(f"{where}.direction: {metric.name} is better {metric.better}, so a claim says {wanted}")
 
-# %% ../../nbs/core/03_study.ipynb #cell-22
+# %% ../../nbs/core/03_study.ipynb #cell-26
 def read_claim(
     data:object,                 # the `claim` section of a variant, or None
     metrics:Mapping[str,Metric], # the study's metrics
@@ -139,7 +139,7 @@ def read_claim(
     guard = None if guard is None else _read_guard(guard, metrics, f"{where}.guard")
     return Claim(metric.name, data["direction"], _not_negative(data, "at_least", where), guard)
 
-# %% ../../nbs/core/03_study.ipynb #cell-26
+# %% ../../nbs/core/03_study.ipynb #cell-30
 @dataclass(frozen=True, kw_only=True)
 class Study:
     "What every layer needs to know of a study."
@@ -173,7 +173,7 @@ class Study:
         "The folder of its variants."
         return project_root() / "params" / self.name
 
-# %% ../../nbs/core/03_study.ipynb #cell-28
+# %% ../../nbs/core/03_study.ipynb #cell-32
 def study_names()->list[str]:
     "The packages that define a study: those with settings."
     names = {path.parent.name for path in _package_folder().glob("*/settings.py")}
@@ -184,7 +184,7 @@ def load_study(name:str)->Study:
     one_of(name, study_names(), "study")
     return importlib.import_module(f"speedrun_nb.{name}.settings").STUDY
 
-# %% ../../nbs/core/03_study.ipynb #cell-32
+# %% ../../nbs/core/03_study.ipynb #cell-36
 def load_function(path:str)->Callable: # "speedrun_nb.cifar.train:train"
     "What a study names by its path, such as its trainer."
     module, _, name = path.partition(":")

@@ -62,7 +62,7 @@ def _read_pairs(text:str)->dict:
         rest = rest[pair.end():]
     return found
 
-# %% ../../nbs/core/04_variants.ipynb #cell-13
+# %% ../../nbs/core/04_variants.ipynb #cell-14
 def read_overrides(
     overrides:Mapping|str|None,  # a mapping (nested or dotted), or blank-separated key=value
 )->dict:                         # dotted name -> value
@@ -74,7 +74,7 @@ def read_overrides(
     if overrides.lstrip().startswith("{"): return flatten(parse_yaml(overrides, "overrides"), "overrides")
     return _read_pairs(overrides)
 
-# %% ../../nbs/core/04_variants.ipynb #cell-16
+# %% ../../nbs/core/04_variants.ipynb #cell-17
 _KEYS = ["title", "extends", "set", "profiles", "claim", "source"]
 
 def _path(study:Study, name:str)->Path: return study.params / f"{name}.yaml"
@@ -88,7 +88,7 @@ def _read_variant(study:Study, name:str)->dict:
     for profile in data.get("profiles") or {}: one_of(profile, profile_names(study), f"profile ({path}: profiles)")
     return data
 
-# %% ../../nbs/core/04_variants.ipynb #cell-17
+# %% ../../nbs/core/04_variants.ipynb #cell-19
 def _chain(study:Study, name:str)->dict[str, dict]:
     "The files of a variant and of what it extends, by name, the oldest first, without the baseline."
     chain = {}
@@ -99,12 +99,12 @@ def _chain(study:Study, name:str)->dict[str, dict]:
         name = chain[name].get("extends", "baseline")
     return dict(reversed(chain.items()))
 
-# %% ../../nbs/core/04_variants.ipynb #cell-20
+# %% ../../nbs/core/04_variants.ipynb #cell-22
 def _section(study:Study, data:Mapping|None, where:str)->dict:
     "One `set` section: flat and checked."
     return check_settings(study.schema, flatten(data or {}, where), where)
 
-# %% ../../nbs/core/04_variants.ipynb #cell-22
+# %% ../../nbs/core/04_variants.ipynb #cell-24
 def _merge(study:Study, chain:Mapping[str, dict], profile:str, overrides:Mapping)->object:
     "The settings of a chain of variants, the oldest first, as an instance of the schema."
     flat = {}
@@ -118,7 +118,7 @@ def _merge(study:Study, chain:Mapping[str, dict], profile:str, overrides:Mapping
     name = list(chain)[-1] if chain else "baseline"
     return build(study.schema, flat, f"{study.name}/{name} in profile {profile}")
 
-# %% ../../nbs/core/04_variants.ipynb #cell-23
+# %% ../../nbs/core/04_variants.ipynb #cell-26
 @dataclass(frozen=True)
 class Variant:
     "A variant with all its settings, at one size."
@@ -142,7 +142,7 @@ class Variant:
         pairs = {name: (self.baseline.get(name), value) for name, value in self.flat.items()}
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
-# %% ../../nbs/core/04_variants.ipynb #cell-25
+# %% ../../nbs/core/04_variants.ipynb #cell-28
 def _changes_nothing(study:Study, profile:str, overrides:Mapping, flat:Mapping)->bool:
     "Has the baseline the same settings, with the same overrides?"
     try: return to_flat(_merge(study, {}, profile, overrides)) == flat
@@ -153,7 +153,7 @@ def _refuse_no_change(study:Study, name:str, profile:str, overrides:Mapping)->No
     raise SpeedrunError(f"{_path(study, name)}: in profile {profile}{words} the variant \"{name}\" has the baseline's "
                         "settings: it would change nothing. Give it something to `set`, or run the baseline.")
 
-# %% ../../nbs/core/04_variants.ipynb #cell-26
+# %% ../../nbs/core/04_variants.ipynb #cell-30
 def resolve(
     study:Study,
     name:str,                  # of the variant
@@ -172,7 +172,7 @@ def resolve(
         settings=settings, flat=flat, baseline=to_flat(_merge(study, {}, profile, {})), overrides=overrides,
         claim=read_claim(data.get("claim"), study.metrics, str(_path(study, name))))
 
-# %% ../../nbs/core/04_variants.ipynb #cell-32
+# %% ../../nbs/core/04_variants.ipynb #cell-37
 def resolve_all(
     study:Study,
     profile:str="auto",  # "auto" or the name of a profile
@@ -180,7 +180,7 @@ def resolve_all(
     "Every variant of a study at one size."
     return {name: resolve(study, name, profile) for name in variant_names(study)}
 
-# %% ../../nbs/core/04_variants.ipynb #cell-34
+# %% ../../nbs/core/04_variants.ipynb #cell-39
 def plain_hashes(
     study:Study,
     profile:str,          # also one that is not defined here
@@ -191,7 +191,7 @@ def plain_hashes(
     known = set(variant_names(study))
     return {name: resolve(study, name, profile).config_hash for name in names if name in known}
 
-# %% ../../nbs/core/04_variants.ipynb #cell-37
+# %% ../../nbs/core/04_variants.ipynb #cell-42
 def without_stage(
     study:Study,
     name:str,      # of a variant: "palm_parallel_stage_c"
@@ -201,7 +201,7 @@ def without_stage(
         if name.endswith(f"_{stage}"): return name.removesuffix(f"_{stage}")
     return name
 
-# %% ../../nbs/core/04_variants.ipynb #cell-38
+# %% ../../nbs/core/04_variants.ipynb #cell-43
 def claim_of(
     study:Study,
     name:str,      # of a variant; also of published runs, with the stage that they belong to

@@ -122,7 +122,7 @@ def p_value(p:float, digits:int=3)->str:
     if 0.999 < p < 1: return "p > 0.999"
     return f"p = {p:.{digits}g}"
 
-# %% ../../nbs/core/01_words.ipynb #cell-34
+# %% ../../nbs/core/01_words.ipynb #cell-35
 def duration(seconds:float|None)->str:
     "A time as people say it: `42 s`, `7 min`, `2.5 h`."
     if seconds is None: return "an unknown time"

@@ -37,9 +37,9 @@ class SweepPlan:
         "Every planned run: the position of its condition, by run_id."
         design, found = self.design, {}
         for place, condition in enumerate(self.conditions):
+            group = dict(study=design["study"], profile=design["profile"], config_hash=condition["config_hash"])
             for repeat, seed in itertools.product(range(design["repeats"]), design["seeds"]):
-                identity = run_id(design["study"], design["profile"], condition["config_hash"], seed, repeat)
-                found[identity] = place
+                found[run_id(**group, seed=seed, repeat=repeat)] = place
         return found
 
 # %% ../../nbs/core/17_plans.ipynb #cell-08

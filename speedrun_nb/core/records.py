@@ -177,11 +177,11 @@ def make_record(
     "The record of a run, complete but for what `cell` lacks."
     measured = _measured(result, metrics)
     quality = {name: value for name, value in measured.items() if metrics[name].quality}
-    identity = run_id(cell["study"], cell["profile"], cell["config_hash"], result.seed, cell["repeat"])
+    place = {name: cell[name] for name in ("study", "profile", "config_hash", "repeat")}
     machine = {name: getattr(ready, name) for name in ("device", "precision", "threads", "ranks")}
     ended = ("status", "error", "time_seconds", "tokens", "compiled", "resumed_at", "regions", "peak_memory_bytes")
     return {
-        "schema": RECORD_SCHEMA, "run_id": identity, **cell, "seed": result.seed, **machine,
+        "schema": RECORD_SCHEMA, "run_id": run_id(**place, seed=result.seed), **cell, "seed": result.seed, **machine,
         **{name: getattr(result, name) for name in ended}, "metrics": measured, "curve": result.curve,
         "fingerprint": fingerprint(result.losses, quality) if result.losses else None,
     }

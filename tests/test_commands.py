@@ -11,7 +11,8 @@ from conftest import BIN, ROOT, call, copy_project, strict_json, stub_train
 import speedrun_nb
 from speedrun_nb.cifar.settings import METRICS
 from speedrun_nb.core import study as core_project
-from speedrun_nb.core.batch import plan_batch, run_batch
+from speedrun_nb.core.batch import run_batch
+from speedrun_nb.core.parameters import plan_batch
 from speedrun_nb.core.errors import SpeedrunError
 from speedrun_nb.core.records import FIELDS, Ready, Result, append_record
 from speedrun_nb.report.study import made_up_runs

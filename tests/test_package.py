@@ -14,7 +14,7 @@ import pytest
 from conftest import BIN, ROOT, TINY_WORDS, batch_folders, call, environment, read_batch
 
 import speedrun_nb
-from speedrun_nb.core.batch import default_parameters
+from speedrun_nb.core.parameters import default_parameters
 
 NAME = "speedrun_nb"
 

@@ -44,7 +44,7 @@ def doctor_command(as_json:JSON=False):
     """Say what this machine has: versions, device, what the CPU computes in, data, Quarto,
     and what to do about what is missing."""
     from speedrun_nb.core.data import find_all
-    from speedrun_nb.core.provenance import machine_state
+    from speedrun_nb.core.machine import machine_state
     from speedrun_nb.core.study import project_root
     from speedrun_nb.core.variants import cuda_is_available
     state = machine_state(project_root())

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from ..core.errors import SpeedrunError
 from ..core.provenance import utc_now
-from ..core.records import SCHEMA, fingerprint, json_ready, write_json
+from ..core.records import RECORD_SCHEMA, fingerprint, json_ready, write_json
 from ..core.settings import config_hash
 from ..core.study import Study, load_study
 
@@ -245,7 +245,7 @@ def make_import_record(
     metrics = {name: run.metrics.get(name) for name in study.metrics if name not in ("time_seconds", "peak_memory_bytes")}
     quality = {name: value for name, value in metrics.items() if study.metrics[name].quality}
     return {
-        "schema": SCHEMA, "run_id": batch.run_id(run), "study": study.name, "profile": PROFILE, "variant": batch.variant,
+        "schema": RECORD_SCHEMA, "run_id": batch.run_id(run), "study": study.name, "profile": PROFILE, "variant": batch.variant,
         "config": config, "config_hash": config_hash(config), "seed": run.seed, "repeat": batch.repeat, "batch": batch.name, "block": None, "order": run.order,
         "host_id": batch.host, "device": batch.device, "precision": None, "threads": None, "package_hash": None, "status": run.status, "error": run.error,
         "started_at": run.started_at, "ended_at": run.ended_at, "time_seconds": run.time_seconds, "regions": {}, "clock": batch.clock or study.clock,

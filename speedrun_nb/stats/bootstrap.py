@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from scipy import stats
 
-from ..core.provenance import cpu_cores
+from ..core.machine import cpu_cores
 from .describe import finite, spread
 from .tests import LEVEL
 

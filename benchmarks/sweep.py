@@ -58,7 +58,8 @@ def write_done(sweep, outputs, to_go=TO_GO):
     "Folders of all batches of a sweep but the last ones, like one that was really written for each variant."
     from speedrun_nb.core.batch import plan_batch, run_batch
     from speedrun_nb.core.provenance import note
-    from speedrun_nb.sweep.plan import as_frozen, plan
+    from speedrun_nb.cli.main import plan
+    from speedrun_nb.sweep.plan import as_frozen
 
     batches, name, models = plan(sweep), as_frozen(sweep).name, {}
     with tempfile.TemporaryDirectory() as folder:
@@ -83,7 +84,7 @@ class Handed(Exception):
 class Nowhere:
     "An engine that is not asked to run anything."
     def __init__(self):
-        from speedrun_nb.sweep.local import Slot
+        from speedrun_nb.sweep.slots import Slot
         self.slots = [Slot("nowhere", "nowhere")]
 
     def free(self): return self.slots

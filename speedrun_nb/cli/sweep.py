@@ -64,7 +64,8 @@ def _engine(name, sweep, address, resource):
     if name == "ray":
         from speedrun_nb.sweep.ray_engine import RayEngine
         return RayEngine(address, sweep.gpus_per_batch, several, resource)
-    from speedrun_nb.sweep.local import LocalEngine, share_out, visible_gpus
+    from speedrun_nb.sweep.local import LocalEngine
+    from speedrun_nb.sweep.slots import share_out, visible_gpus
     return LocalEngine(share_out(visible_gpus(), sweep.gpus_per_batch, several))
 
 SHOWN = 60  # batches of a plan that are listed

@@ -32,7 +32,7 @@ def state_and_end(
     state = batch_state(folder)
     return state, datetime.now(UTC) if state == "running" else last_heartbeat(folder)
 
-# %% ../../nbs/sweep/10_costs.ipynb #cell-06
+# %% ../../nbs/sweep/10_costs.ipynb #cell-07
 def seconds_of(
     known:Mapping,   # provenance.json of a batch
     ended:datetime,  # see `state_and_end`
@@ -41,7 +41,7 @@ def seconds_of(
     if known.get("notebook_seconds"): return float(known["notebook_seconds"])
     return max(0.0, (ended - datetime.fromisoformat(known["started_at"])).total_seconds())
 
-# %% ../../nbs/sweep/10_costs.ipynb #cell-08
+# %% ../../nbs/sweep/10_costs.ipynb #cell-09
 def devices_of(
     known:Mapping,   # provenance.json of a batch
 )->int:
@@ -51,7 +51,7 @@ def devices_of(
     asked, there = (known.get("parameters") or {}).get("gpus", 1), len(known.get("gpus") or [])
     return max(1, there if asked == "auto" else min(int(asked), there))
 
-# %% ../../nbs/sweep/10_costs.ipynb #cell-14
+# %% ../../nbs/sweep/10_costs.ipynb #cell-15
 COLUMNS = ("study profile variant config_hash overrides batch sweep status runs completed failed seconds devices "
            "started_at ended_at").split()
 
@@ -62,7 +62,7 @@ def _count_runs(folder)->tuple[int, int]:
     failed = sum(record["status"] == "failed" for record in records)
     return len(records) - failed, failed
 
-# %% ../../nbs/sweep/10_costs.ipynb #cell-15
+# %% ../../nbs/sweep/10_costs.ipynb #cell-17
 def _batch_row(folder, known)->dict|None:
     "None for a batch that was imported, or does not say when it began."
     if not known.get("started_at") or known["status"] == "imported": return None
@@ -75,7 +75,7 @@ def _batch_row(folder, known)->dict|None:
     row |= dict(seconds=seconds_of(known, ended), devices=devices_of(known))
     return row | dict(started_at=str(known["started_at"]), ended_at=ended.isoformat())
 
-# %% ../../nbs/sweep/10_costs.ipynb #cell-17
+# %% ../../nbs/sweep/10_costs.ipynb #cell-19
 def read_costs(
     outputs:Path,
     study:str|None=None,
@@ -88,7 +88,7 @@ def read_costs(
     rows = [row for row in rows if row]
     return pd.DataFrame(rows, columns=COLUMNS).sort_values("started_at", ignore_index=True)
 
-# %% ../../nbs/sweep/10_costs.ipynb #cell-22
+# %% ../../nbs/sweep/10_costs.ipynb #cell-24
 def expected_seconds(
     costs:pd.DataFrame,  # `read_costs`
     variant:Variant,     # resolved
@@ -107,7 +107,7 @@ def expected_seconds(
         return runs * float((like["seconds"] / like["runs"]).tail(20).median())
     return None
 
-# %% ../../nbs/sweep/10_costs.ipynb #cell-24
+# %% ../../nbs/sweep/10_costs.ipynb #cell-26
 def spent_hours(
     costs:pd.DataFrame,
     sweep:str,          # name of a sweep file
@@ -117,7 +117,7 @@ def spent_hours(
     mine = costs.loc[pd.Series(mine, costs.index, dtype=bool)]
     return float((mine["seconds"] * mine["devices"]).sum()) / 3600
 
-# %% ../../nbs/sweep/10_costs.ipynb #cell-28
+# %% ../../nbs/sweep/10_costs.ipynb #cell-30
 class Forecast:
     "What batches of a sweep will take."
     def __init__(

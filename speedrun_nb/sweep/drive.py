@@ -34,7 +34,7 @@ from .watch import check_stop_rule, decided, remarks
 def _describe(batch, cells)->str:
     return f"block {batch.block} {batch.condition.name} seeds {','.join(map(str, cells.values()))}"
 
-# %% ../../nbs/sweep/13_drive.ipynb #cell-06
+# %% ../../nbs/sweep/13_drive.ipynb #cell-07
 @dataclass(frozen=True)
 class Running:
     "A batch that was handed to an engine."
@@ -50,7 +50,7 @@ class Running:
 
     def __str__(self): return _describe(self.batch, self.cells)
 
-# %% ../../nbs/sweep/13_drive.ipynb #cell-07
+# %% ../../nbs/sweep/13_drive.ipynb #cell-09
 @dataclass(frozen=True)
 class End:
     "How a batch ended, as the engine reports it."
@@ -59,7 +59,7 @@ class End:
     died:bool       # did its worker die?
     too_long:bool   # was it ended because it took too long?
 
-# %% ../../nbs/sweep/13_drive.ipynb #cell-09
+# %% ../../nbs/sweep/13_drive.ipynb #cell-11
 class InHand:
     "The batches that an engine runs for a sweep."
     def __init__(self, engine, hours_per_batch:float):
@@ -99,7 +99,7 @@ class InHand:
         "End all batches at once."
         for slot in self.running: self.engine.kill(slot)
 
-# %% ../../nbs/sweep/13_drive.ipynb #cell-11
+# %% ../../nbs/sweep/13_drive.ipynb #cell-13
 class Interrupts:
     "Counts Ctrl-C."
     count = 0
@@ -116,7 +116,7 @@ class Interrupts:
 
     def _add(self, number, frame): self.count += 1
 
-# %% ../../nbs/sweep/13_drive.ipynb #cell-14
+# %% ../../nbs/sweep/13_drive.ipynb #cell-16
 class Spending:
     "Hours of devices that a sweep has taken, and will take."
     def __init__(self, sweep:Sweep, outputs:Path):
@@ -144,7 +144,7 @@ class Spending:
         return (f"the budget of {limit:g} h is used up: {self.hours:.2f} h so far, "
                 f"and the next batch would take about {next_hours:.2f} h")
 
-# %% ../../nbs/sweep/13_drive.ipynb #cell-15
+# %% ../../nbs/sweep/13_drive.ipynb #cell-18
 def seconds_to_go(
     pending:Pending,
     forecast:Forecast,
@@ -159,7 +159,7 @@ def seconds_to_go(
     total = sum(number * seconds[key] for key, number in alike.items())
     return max(0.0, total - sum(each.seconds for each in batches)) / max(1, slots)
 
-# %% ../../nbs/sweep/13_drive.ipynb #cell-17
+# %% ../../nbs/sweep/13_drive.ipynb #cell-21
 def _devices(slot)->int: return max(1, len(slot.devices))
 
 def _next_batch(drive, slot)->tuple[PlannedBatch, str, dict[str, int]]|None:
@@ -172,7 +172,7 @@ def _next_batch(drive, slot)->tuple[PlannedBatch, str, dict[str, int]]|None:
         if ours: return batch, name, ours
     return None
 
-# %% ../../nbs/sweep/13_drive.ipynb #cell-19
+# %% ../../nbs/sweep/13_drive.ipynb #cell-23
 def _is_over_budget(drive, batch, cells, slot)->bool:
     "Would this batch exceed the budget? Then the sweep ends."
     if not drive.watch_budget: return False
@@ -182,7 +182,7 @@ def _is_over_budget(drive, batch, cells, slot)->bool:
     if end: drive.ending = end
     return end is not None
 
-# %% ../../nbs/sweep/13_drive.ipynb #cell-20
+# %% ../../nbs/sweep/13_drive.ipynb #cell-25
 def _start(drive, slot, batch, name, cells):
     "Hand a batch to the engine."
     study = drive.sweep.study
@@ -197,7 +197,7 @@ def _start(drive, slot, batch, name, cells):
     drive.hand.start(slot, running, dict(study=study.name, parameters=parameters))
     drive.show(drive, f"{running} started on {slot.name}")
 
-# %% ../../nbs/sweep/13_drive.ipynb #cell-22
+# %% ../../nbs/sweep/13_drive.ipynb #cell-27
 def _start_batches(drive)->bool:
     "Start a batch on every free slot. False when the sweep is over."
     drive.pending.look_around()
@@ -213,7 +213,7 @@ def _start_batches(drive)->bool:
     _say_why_waiting(drive, free)
     return bool(drive.running or drive.has_more)
 
-# %% ../../nbs/sweep/13_drive.ipynb #cell-23
+# %% ../../nbs/sweep/13_drive.ipynb #cell-29
 def _say_why_waiting(drive, free):
     "Once, while nothing runs here."
     why = None
@@ -223,7 +223,7 @@ def _say_why_waiting(drive, free):
     if why and why != drive.waiting: drive.show(drive, why)
     drive.waiting = why
 
-# %% ../../nbs/sweep/13_drive.ipynb #cell-25
+# %% ../../nbs/sweep/13_drive.ipynb #cell-31
 def _bury(drive, end):
     "A batch whose worker died says how it ended, or it is said for it."
     plan, until = end.running.plan, time.monotonic() + 5
@@ -234,7 +234,7 @@ def _bury(drive, end):
     except (OSError, SpeedrunError) as error:
         drive.show(drive, f"what became of {plan.folder} cannot be written: {error}")
 
-# %% ../../nbs/sweep/13_drive.ipynb #cell-27
+# %% ../../nbs/sweep/13_drive.ipynb #cell-33
 def _note_failures(drive, end, missing):
     running, failures = end.running, drive.cells.failures
     failed = [cell for cell in missing if len(failures[cell]) > running.failures[cell]]
@@ -248,7 +248,7 @@ def _end_words(end, missing)->str:
     if missing: return f"{runs - len(missing)} of {runs} runs done" + (f": {error}" if error else "")
     return f"done in {end.running.seconds:.0f} s" + (f", but: {error}" if error else "")
 
-# %% ../../nbs/sweep/13_drive.ipynb #cell-28
+# %% ../../nbs/sweep/13_drive.ipynb #cell-35
 def _settle(drive, end):
     "A batch has ended, one way or another."
     running, condition = end.running, end.running.batch.condition
@@ -265,7 +265,7 @@ def _settle(drive, end):
     block = [batch for batch in drive.cells.batches if batch.block == running.batch.block]
     if not any(drive.cells.left(batch) for batch in block): _end_if_decided(drive)  # only complete blocks count
 
-# %% ../../nbs/sweep/13_drive.ipynb #cell-29
+# %% ../../nbs/sweep/13_drive.ipynb #cell-36
 def _end_if_decided(drive):
     if drive.sweep.stop != "decided": return
     outcomes = decided(drive.sweep, drive.cells)
@@ -273,7 +273,7 @@ def _end_if_decided(drive):
     words = ", ".join(f"{name} {outcome}" for name, outcome in outcomes.items())
     drive.ending = f"every claim is decided: {words}"
 
-# %% ../../nbs/sweep/13_drive.ipynb #cell-30
+# %% ../../nbs/sweep/13_drive.ipynb #cell-38
 def _watch(drive):
     "Wait a little, and see to what ended, hangs, or is to stop."
     for end in drive.hand.wait(): _settle(drive, end)
@@ -285,7 +285,7 @@ def _watch(drive):
     if drive.interrupts > 1: drive.hand.kill()
     drive.show(drive, None)
 
-# %% ../../nbs/sweep/13_drive.ipynb #cell-32
+# %% ../../nbs/sweep/13_drive.ipynb #cell-40
 class Drive:
     "A sweep under way."
     def __init__(

@@ -50,7 +50,7 @@ class LaterStage:
     after:str          # name of the earlier sweep file, in the same folder
     promote:Promotion
 
-# %% ../../nbs/sweep/00_file.ipynb #cell-08
+# %% ../../nbs/sweep/00_file.ipynb #cell-09
 @dataclass(frozen=True)
 class Sweep:
     "What a sweep file asks for, validated."
@@ -70,7 +70,7 @@ class Sweep:
     budget:Budget=Budget()
     stage:LaterStage|None=None
 
-# %% ../../nbs/sweep/00_file.ipynb #cell-10
+# %% ../../nbs/sweep/00_file.ipynb #cell-11
 def find_sweep(
     path:str|Path,  # relative to the working directory or the project, or a name in params/sweeps
 )->Path:
@@ -81,7 +81,7 @@ def find_sweep(
     names = ", ".join(str(file.relative_to(from_root("."))) for file in there)
     raise SpeedrunError(f"there is no sweep file {path}; there are: {names}")
 
-# %% ../../nbs/sweep/00_file.ipynb #cell-11
+# %% ../../nbs/sweep/00_file.ipynb #cell-13
 @contextmanager
 def naming(path:Path):
     "Errors in this block name the file."
@@ -89,7 +89,7 @@ def naming(path:Path):
     except SpeedrunError as error:
         raise SpeedrunError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
 
-# %% ../../nbs/sweep/00_file.ipynb #cell-14
+# %% ../../nbs/sweep/00_file.ipynb #cell-16
 def _section(data, keys, where)->Mapping:
     "A mapping with no other keys than these."
     if not isinstance(data, Mapping): raise SpeedrunError(f"{where}: expected a mapping with {', '.join(keys)}")
@@ -101,7 +101,7 @@ def _whole_number(data, key, low)->int:
     if type(value) is int and value >= low: return value
     raise SpeedrunError(f"{key}: {value!r} is not a whole number from {low} up")
 
-# %% ../../nbs/sweep/00_file.ipynb #cell-15
+# %% ../../nbs/sweep/00_file.ipynb #cell-18
 def _number(data, key)->float:
     "A finite number from 0 up."
     value = data[key]
@@ -113,7 +113,7 @@ def _positive(data, key)->float:
     if value: return value
     raise SpeedrunError(f"{key}: {data[key]!r} is not a number above 0")
 
-# %% ../../nbs/sweep/00_file.ipynb #cell-17
+# %% ../../nbs/sweep/00_file.ipynb #cell-21
 def _budget(data)->Budget:
     if data is None: return Budget()
     return Budget(**{key: _positive(data, key) for key in _section(data, ["hours", "price_per_hour"], "budget")})
@@ -125,7 +125,7 @@ def _guard(data, study)->Guard:
     one_of(data["metric"], study.metrics, "metric of stage.promote.guard")
     return Guard(data["metric"], _positive(data, "margin"))
 
-# %% ../../nbs/sweep/00_file.ipynb #cell-18
+# %% ../../nbs/sweep/00_file.ipynb #cell-23
 def _promotion(data, study)->Promotion:
     "The rule of a later stage."
     rule = dict(_section(data, ["metric", "at_least", "guard", "runs", "most"], "stage.promote"))
@@ -136,7 +136,7 @@ def _promotion(data, study)->Promotion:
     if "metric" in rule: one_of(rule["metric"], study.metrics, "metric of stage.promote")
     return Promotion(**rule)
 
-# %% ../../nbs/sweep/00_file.ipynb #cell-20
+# %% ../../nbs/sweep/00_file.ipynb #cell-25
 def _stage(data, path, study)->LaterStage:
     data = _section(data, ["after", "promote"], "stage")
     after = data.get("after")
@@ -144,7 +144,7 @@ def _stage(data, path, study)->LaterStage:
         raise SpeedrunError(f"stage.after: {after!r} is not the name of a sweep file in {path.parent}")
     return LaterStage(after, _promotion(data.get("promote") or {}, study))
 
-# %% ../../nbs/sweep/00_file.ipynb #cell-22
+# %% ../../nbs/sweep/00_file.ipynb #cell-27
 _FORM = "a name nor a mapping from a name to lists of settings, such as baseline: {train.epochs: [8, 9]}"
 
 def _name_and_grid(entry)->tuple[str, Mapping]:
@@ -161,7 +161,7 @@ def _expand(study, profile, entry)->list[Variant]:
     combinations = itertools.product(*grid.values())
     return [resolve(study, name, profile, dict(zip(grid, values, strict=True))) for values in combinations]
 
-# %% ../../nbs/sweep/00_file.ipynb #cell-24
+# %% ../../nbs/sweep/00_file.ipynb #cell-29
 def _settings_of(variant)->dict[str, str]: return {key: str(value) for key, value in variant.overrides.items()}
 
 def _name_conditions(variants)->list[Condition]:
@@ -172,7 +172,7 @@ def _name_conditions(variants)->list[Condition]:
         conditions.append(Condition(" ".join([variant.name, *own]), variant))
     return conditions
 
-# %% ../../nbs/sweep/00_file.ipynb #cell-25
+# %% ../../nbs/sweep/00_file.ipynb #cell-31
 def _conditions(study, profile, entries)->tuple[Condition, ...]:
     "The conditions of a sweep. Raises `SpeedrunError` where two of them are the same."
     if not isinstance(entries, list) or not entries:
@@ -186,7 +186,7 @@ def _conditions(study, profile, entries)->tuple[Condition, ...]:
                                 "out, so that no cell is run twice (`repeats` runs all of them again)")
     return tuple(found.values())
 
-# %% ../../nbs/sweep/00_file.ipynb #cell-29
+# %% ../../nbs/sweep/00_file.ipynb #cell-35
 def promoted_file(outputs:Path, name:str)->Path:
     "Where `speedrun promote` writes what a stage is to run."
     return Path(outputs) / FOLDER / f"{name}.promoted.json"
@@ -201,7 +201,7 @@ def _read_promoted(path, name)->list[str]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SpeedrunError(f"{path} cannot be read ({error}); {remedy} writes it again") from None
 
-# %% ../../nbs/sweep/00_file.ipynb #cell-30
+# %% ../../nbs/sweep/00_file.ipynb #cell-37
 def _variants(given, name, outputs)->list:
     "The entries of `variants`."
     if given != "promoted": return given
@@ -211,7 +211,7 @@ def _variants(given, name, outputs)->list:
     raise SpeedrunError(f"variants: nothing was promoted, so there is nothing to run; {path} gives the reasons, "
                         f"and `speedrun promote {name}` decides again when there are more runs")
 
-# %% ../../nbs/sweep/00_file.ipynb #cell-32
+# %% ../../nbs/sweep/00_file.ipynb #cell-39
 _NEEDED = ("study", "profile", "variants", "seeds")
 _LOWEST = dict(seeds_per_batch=1, order_seed=0, repeats=1, gpus_per_batch=1, retries=0)  # whole numbers
 _KEYS = (*_NEEDED, *_LOWEST, "stop", "hours_per_batch", "budget", "stage")
@@ -224,7 +224,7 @@ def _read_keys(path)->Mapping:
     if missing: raise SpeedrunError(f"{', '.join(missing)} missing")
     return data
 
-# %% ../../nbs/sweep/00_file.ipynb #cell-34
+# %% ../../nbs/sweep/00_file.ipynb #cell-41
 def _options(data, study)->dict:
     "What a file may say, and need not."
     found = {key: _whole_number(data, key, low) for key, low in _LOWEST.items() if key in data}
@@ -234,7 +234,7 @@ def _options(data, study)->dict:
     if "stop" in data: found["stop"] = one_of(data["stop"], ("fixed", "decided"), "value of stop")
     return found
 
-# %% ../../nbs/sweep/00_file.ipynb #cell-35
+# %% ../../nbs/sweep/00_file.ipynb #cell-43
 def _read(path, data, outputs)->Sweep:
     study = load_study(data["study"])
     stage = _stage(data["stage"], path, study) if "stage" in data else None
@@ -243,7 +243,7 @@ def _read(path, data, outputs)->Sweep:
                  seeds=read_seeds(data["seeds"]), text=path.read_text(encoding="utf-8"),
                  budget=_budget(data.get("budget")), stage=stage, **_options(data, study))
 
-# %% ../../nbs/sweep/00_file.ipynb #cell-36
+# %% ../../nbs/sweep/00_file.ipynb #cell-44
 def read_sweep(
     path:str|Path,              # of a sweep file, or its name in params/sweeps
     outputs:str|Path="outputs", # where lists of promoted variants are, relative to the project
@@ -252,7 +252,7 @@ def read_sweep(
     path = find_sweep(path)
     with naming(path): return _read(path, _read_keys(path), from_root(outputs))
 
-# %% ../../nbs/sweep/00_file.ipynb #cell-38
+# %% ../../nbs/sweep/00_file.ipynb #cell-46
 def read_stage(
     path:str|Path,  # of a sweep file with a section `stage`
 )->tuple[Path, Study, str, LaterStage]:  # its file, study and profile, and its section `stage`

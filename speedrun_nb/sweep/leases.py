@@ -36,7 +36,7 @@ def read_lease(path:Path)->dict|None:
 
 def _generation(path)->int: return int(path.suffix[1:])
 
-# %% ../../nbs/sweep/04_leases.ipynb #cell-06
+# %% ../../nbs/sweep/04_leases.ipynb #cell-07
 def find_leases(
     folder:Path,       # of the leases of a study
 )->dict[str, Path]:    # by cell, of each the latest generation
@@ -49,7 +49,7 @@ def _remove(*paths):
     for path in paths:
         with suppress(OSError): path.unlink()
 
-# %% ../../nbs/sweep/04_leases.ipynb #cell-09
+# %% ../../nbs/sweep/04_leases.ipynb #cell-10
 def _modified(path)->int|None:
     try: return path.stat().st_mtime_ns
     except FileNotFoundError: return None
@@ -66,7 +66,7 @@ class Heartbeats:
         if known != times: self._seen[paths[0]] = times, now
         return now - self._seen[paths[0]][1] >= self.patience
 
-# %% ../../nbs/sweep/04_leases.ipynb #cell-11
+# %% ../../nbs/sweep/04_leases.ipynb #cell-13
 def batch_runs(
     folder:Path,
 )->bool|None:     # None: it is on another machine, and cannot be told
@@ -74,7 +74,7 @@ def batch_runs(
     known = read_provenance(folder)
     return still_runs(known) if known.get("status") == "running" else False
 
-# %% ../../nbs/sweep/04_leases.ipynb #cell-13
+# %% ../../nbs/sweep/04_leases.ipynb #cell-15
 def end_batch(
     folder:Path,   # of a batch that nobody waits for any more
     why:str,
@@ -85,7 +85,7 @@ def end_batch(
     if known and still_runs(known): end_process(known["pid"])  # what it has recorded until then counts
     give_up(folder, why)
 
-# %% ../../nbs/sweep/04_leases.ipynb #cell-15
+# %% ../../nbs/sweep/04_leases.ipynb #cell-17
 class LeaseFolder:
     "The leases on cells of a study, whoever holds them."
     def __init__(
@@ -127,7 +127,7 @@ class LeaseFolder:
         leases = {cell: read_lease(path) for cell, path in found.items() if not self.is_dead(path)}
         return {cell: lease for cell, lease in leases.items() if lease}
 
-# %% ../../nbs/sweep/04_leases.ipynb #cell-17
+# %% ../../nbs/sweep/04_leases.ipynb #cell-19
 def _link_leases(leases, held, cells, batch)->dict[str, Path]:
     "Make a lease on every cell that nobody has: their files, by cell."
     draft, linked = leases.folder / f".{secrets.token_hex(8)}.tmp", {}
@@ -149,7 +149,7 @@ def _link_leases(leases, held, cells, batch)->dict[str, Path]:
                             "free some space, or give another folder with --outputs") from None
     finally: _remove(draft)
 
-# %% ../../nbs/sweep/04_leases.ipynb #cell-18
+# %% ../../nbs/sweep/04_leases.ipynb #cell-21
 def _link_lease(leases, held, draft, cell, known)->Path|None:
     "Make the lease on one cell; None where someone has it."
     if known and (cell in held or not leases.end_if_dead(known)): return None
@@ -159,7 +159,7 @@ def _link_lease(leases, held, draft, cell, known)->Path|None:
     if known: _remove(known)
     return path
 
-# %% ../../nbs/sweep/04_leases.ipynb #cell-19
+# %% ../../nbs/sweep/04_leases.ipynb #cell-23
 class Leases:
     "The leases that a process holds."
     def __init__(

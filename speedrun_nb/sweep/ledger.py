@@ -21,7 +21,7 @@ BATCH = ["study", "profile", "variant", "batch"]  # what names a batch
 
 def _times(column)->pd.Series: return pd.to_datetime(column, utc=True, format="ISO8601", errors="coerce")
 
-# %% ../../nbs/sweep/17_ledger.ipynb #cell-06
+# %% ../../nbs/sweep/17_ledger.ipynb #cell-07
 def read_outcomes(
     outputs:Path,
     study:str|None=None,
@@ -41,14 +41,14 @@ def read_outcomes(
     sums = dict.fromkeys(("finished", "broken", "training", "wasted"), "sum")
     return table.groupby(BATCH, as_index=False).agg(sums | {"last": "max"})
 
-# %% ../../nbs/sweep/17_ledger.ipynb #cell-07
+# %% ../../nbs/sweep/17_ledger.ipynb #cell-09
 def _lost_seconds(batches)->pd.Series:
     "Seconds of each batch that no finished run has to show for; none of one that ended well or still runs."
     after = (_times(batches["ended_at"]) - _times(batches["last"])).dt.total_seconds().clip(lower=0)
     lost = (after + batches["wasted"].astype(float)).fillna(batches["seconds"]).clip(upper=batches["seconds"])
     return lost.where(~batches["status"].isin(["completed", "running"]), 0.0)
 
-# %% ../../nbs/sweep/17_ledger.ipynb #cell-09
+# %% ../../nbs/sweep/17_ledger.ipynb #cell-11
 def read_batches(
     outputs:Path,
     study:str|None=None,
@@ -60,7 +60,7 @@ def read_batches(
     return batches.assign(hours=batches["seconds"] * each, lost=_lost_seconds(batches) * each,
                           training=batches["training"].astype(float) * each, **counts)
 
-# %% ../../nbs/sweep/17_ledger.ipynb #cell-15
+# %% ../../nbs/sweep/17_ledger.ipynb #cell-17
 def _price(plan:SweepPlan)->float|None:
     "Of an hour of a device, as the sweep file had it."
     file = parse_yaml(plan.circumstances.get("file") or "", f"{plan.name}: file") or {}
@@ -76,7 +76,7 @@ def _prices(batches, plans)->pd.Series:
              for sweep, place in zip(batches["sweep"], places, strict=True)]
     return pd.Series(found, batches.index, dtype=float)
 
-# %% ../../nbs/sweep/17_ledger.ipynb #cell-18
+# %% ../../nbs/sweep/17_ledger.ipynb #cell-20
 def _row(name, batches)->dict:
     "Sums over batches."
     whole, priced = batches[batches["status"] == "completed"], batches["price"].notna()
@@ -88,7 +88,7 @@ def _row(name, batches)->dict:
     return name | counts | sums | dict(not_training=float(1 - training / hours) if hours else None, cost=cost,
                                        unpriced_hours=float(batches["hours"][~priced].sum()))
 
-# %% ../../nbs/sweep/17_ledger.ipynb #cell-19
+# %% ../../nbs/sweep/17_ledger.ipynb #cell-22
 def _condition_names(groups)->list[str]:
     "The variant; with a hash under other settings, or where a variant was redefined."
     own = [name for (name, _), mine in groups if not all(mine["overrides"])]
@@ -96,7 +96,7 @@ def _condition_names(groups)->list[str]:
     return [name if plain else f"{name}@{settings[:6]}"
             for ((name, settings), _), plain in zip(groups, plainly, strict=True)]
 
-# %% ../../nbs/sweep/17_ledger.ipynb #cell-20
+# %% ../../nbs/sweep/17_ledger.ipynb #cell-24
 def _stage_rows(where, batches)->list[dict]:
     "The conditions of a stage, the baseline first, and their total."
     groups = list(batches.groupby(["variant", "config_hash"], sort=False))
@@ -105,7 +105,7 @@ def _stage_rows(where, batches)->list[dict]:
             for name, (_, mine) in zip(_condition_names(groups), groups, strict=True)]
     return rows + ([_row(where | dict(variant="total"), batches)] if len(rows) > 1 else [])
 
-# %% ../../nbs/sweep/17_ledger.ipynb #cell-21
+# %% ../../nbs/sweep/17_ledger.ipynb #cell-26
 def ledger(
     outputs:Path,
     study:str|None=None,
@@ -120,7 +120,7 @@ def ledger(
     for (name, stage), mine in stages: rows += _stage_rows(dict(study=name, stage=stage), mine)
     return rows + ([_row(dict(study="total", stage="", variant=""), batches)] if len(stages) > 1 else [])
 
-# %% ../../nbs/sweep/17_ledger.ipynb #cell-30
+# %% ../../nbs/sweep/17_ledger.ipynb #cell-35
 def _readable(row, unpriced)->dict:
     "A row of the table."
     shown = {name: row[name] for name in ("study", "stage", "variant", "batches", "runs")}
@@ -132,7 +132,7 @@ def _readable(row, unpriced)->dict:
     if unpriced: shown["hours without a price"] = f"{row['unpriced_hours']:.2f}"
     return shown
 
-# %% ../../nbs/sweep/17_ledger.ipynb #cell-31
+# %% ../../nbs/sweep/17_ledger.ipynb #cell-36
 def as_table(rows:list[dict])->list[dict]:
     "The rows of a ledger for readers."
     some = any(row["cost"] is not None for row in rows) and any(row["unpriced_hours"] > 0 for row in rows)

@@ -41,13 +41,13 @@ class LocalSlot(Slot):
         if self.locks: self.locks.release()
         self.locks = None
 
-# %% ../../nbs/sweep/07_local.ipynb #cell-06
+# %% ../../nbs/sweep/07_local.ipynb #cell-07
 def local_slots(
     devices:list[tuple[str, ...]],  # of each, as `share_out` gives them
 )->list[LocalSlot]:
     return [LocalSlot(" ".join(["gpu", *each]) if each else "cpu", host_id(), each) for each in devices]
 
-# %% ../../nbs/sweep/07_local.ipynb #cell-07
+# %% ../../nbs/sweep/07_local.ipynb #cell-09
 def start_worker(
     slot:LocalSlot,
     log:Path,        # gets what the worker prints
@@ -59,7 +59,7 @@ def start_worker(
         slot.worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file,
                                        cwd=project_root(), env=env, start_new_session=True)
 
-# %% ../../nbs/sweep/07_local.ipynb #cell-09
+# %% ../../nbs/sweep/07_local.ipynb #cell-11
 def dismiss_worker(slot:LocalSlot)->None:
     "End a worker by closing its input; by force when it does not follow within 10 s."
     slot.worker.stdin.close()
@@ -70,7 +70,7 @@ def dismiss_worker(slot:LocalSlot)->None:
         slot.worker.wait()
     slot.worker.stdout.close()
 
-# %% ../../nbs/sweep/07_local.ipynb #cell-11
+# %% ../../nbs/sweep/07_local.ipynb #cell-13
 class LocalEngine:
     "Runs batches on this machine: a worker for each slot."
     def __init__(self, devices:list[tuple[str, ...]]): # of each slot

@@ -43,7 +43,7 @@ def _execute(study, parameters, target, show):
         cwd=project_root(), stdout_file=show, stderr_file=show, coalesce_streams=True,
         extra_arguments=["--IPKernelApp.log_level=ERROR"])
 
-# %% ../../nbs/sweep/02_notebook.ipynb #cell-09
+# %% ../../nbs/sweep/02_notebook.ipynb #cell-10
 def _execute_explained(study, parameters, target, show):
     "Execute a run notebook. Raises `SpeedrunError` that says what went wrong."
     from nbclient.exceptions import DeadKernelError
@@ -58,7 +58,7 @@ def _execute_explained(study, parameters, target, show):
         raise SpeedrunError(f"{target} cannot be written ({error.strerror}); finished runs are kept") from None
     except RuntimeError as error: raise SpeedrunError(f"the kernel did not start: {error}") from None
 
-# %% ../../nbs/sweep/02_notebook.ipynb #cell-11
+# %% ../../nbs/sweep/02_notebook.ipynb #cell-12
 def run_notebook(
     study:str,
     parameters:Mapping,   # of the run notebook

@@ -73,7 +73,7 @@ def _frozen_condition(condition)->dict:
     return dict(name=condition.name, variant=variant.name, title=variant.title, overrides=variant.overrides,
                 config_hash=variant.config_hash, claim=claim)
 
-# %% ../../nbs/sweep/01_plan.ipynb #cell-14
+# %% ../../nbs/sweep/01_plan.ipynb #cell-15
 def as_frozen(sweep:Sweep)->SweepPlan:
     "The plan of a sweep, as it is to be written down."
     design = dict(study=sweep.study.name, profile=sweep.profile,

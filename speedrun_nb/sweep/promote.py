@@ -91,7 +91,7 @@ def _stage_notes(result:Promoted, earlier:Screened, outputs)->list[str]:
                      f"A file in params/{sweep.study.name}/ makes one.")
     return found
 
-# %% ../../nbs/sweep/16_promote.ipynb #cell-10
+# %% ../../nbs/sweep/16_promote.ipynb #cell-11
 def _list_notes(result:Promoted, outputs)->list[str]:
     "About the list."
     found = []
@@ -105,19 +105,19 @@ def _list_notes(result:Promoted, outputs)->list[str]:
                      "It stays on record; with this list the sweep has another plan.")
     return found
 
-# %% ../../nbs/sweep/16_promote.ipynb #cell-12
+# %% ../../nbs/sweep/16_promote.ipynb #cell-13
 def _read_decision(path)->dict|None:
     "What was decided before; None where there is no such file, or it is damaged."
     try: known = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError): return None
     return known if isinstance(known, dict) else None
 
-# %% ../../nbs/sweep/16_promote.ipynb #cell-13
+# %% ../../nbs/sweep/16_promote.ipynb #cell-14
 def _differ(new, known)->bool:
     keys = (new.keys() | known.keys()) - {"decided_at", "notes", "before"}
     return any(new.get(key) != known.get(key) for key in keys)
 
-# %% ../../nbs/sweep/16_promote.ipynb #cell-14
+# %% ../../nbs/sweep/16_promote.ipynb #cell-16
 def _write(result:Promoted, path)->Promoted:
     "Write a decision down: as it was decided, or as the same was decided before."
     new, known = json.loads(json.dumps(plain(result.as_dict()))), _read_decision(path)
@@ -132,7 +132,7 @@ def _write(result:Promoted, path)->Promoted:
                             "Give a folder that can, with --outputs FOLDER.") from None
     return result
 
-# %% ../../nbs/sweep/16_promote.ipynb #cell-15
+# %% ../../nbs/sweep/16_promote.ipynb #cell-18
 def promote(
     path:str|Path,              # the later stage's sweep file, or its name in params/sweeps
     outputs:str|Path="outputs", # folder of collected runs, relative to the project

@@ -39,7 +39,7 @@ def _try_to_join(address):
     except subprocess.CalledProcessError as error:
         raise _no_cluster(address, error.stderr.strip().splitlines()[-1]) from None
 
-# %% ../../nbs/sweep/09_ray.ipynb #cell-06
+# %% ../../nbs/sweep/09_ray.ipynb #cell-07
 def join(
     address:str|None,  # HEAD:PORT; None: the cluster that this machine is part of
 ):                     # the module ray
@@ -54,7 +54,7 @@ def join(
     ray.init(address=address or "auto", **_JOIN)
     return ray
 
-# %% ../../nbs/sweep/09_ray.ipynb #cell-09
+# %% ../../nbs/sweep/09_ray.ipynb #cell-10
 @dataclass(eq=False)
 class RaySlot(Slot):
     "A place on a node; `host` is the node's id."
@@ -63,7 +63,7 @@ class RaySlot(Slot):
     hiring:list = field(default_factory=list)  # what its actor has yet to answer
     batch:object=None                          # what it is running
 
-# %% ../../nbs/sweep/09_ray.ipynb #cell-11
+# %% ../../nbs/sweep/09_ray.ipynb #cell-12
 _PASSED_ON = ("SPEEDRUN_DATA", "OMP_NUM_THREADS")  # where data are, and how many threads a run has
 
 def hire(ray, slot:RaySlot)->None:
@@ -76,12 +76,12 @@ def hire(ray, slot:RaySlot)->None:
     slot.actor = runner.remote(str(project_root()), environment)
     slot.hiring = [slot.actor.hire.remote(), slot.actor.gpus.remote()]
 
-# %% ../../nbs/sweep/09_ray.ipynb #cell-13
+# %% ../../nbs/sweep/09_ray.ipynb #cell-14
 def _reason(lost)->str:
     lines = [line for line in str(lost).splitlines()[1:] if line and not line.startswith("\t")]
     return re.sub(r" [0-9a-f]{16,}\b", "", lines[0] if lines else str(lost))
 
-# %% ../../nbs/sweep/09_ray.ipynb #cell-16
+# %% ../../nbs/sweep/09_ray.ipynb #cell-17
 class Nodes:
     "The nodes of a cluster that can run batches, and their slots."
     def __init__(
@@ -135,7 +135,7 @@ class Nodes:
         for each in self.slots:
             if each.host == slot.host: self.drop(each)
 
-# %% ../../nbs/sweep/09_ray.ipynb #cell-17
+# %% ../../nbs/sweep/09_ray.ipynb #cell-19
 def _no_node(nodes, each, resource)->SpeedrunError:
     "No node can run a batch: what there is instead."
     names = {"CPU": "CPUs", "GPU": "GPUs"} | ({resource: resource} if resource else {})
@@ -147,7 +147,7 @@ def _no_node(nodes, each, resource)->SpeedrunError:
     there = "; ".join(words(node) for node in nodes)
     return SpeedrunError(f"no node of the Ray cluster can run a batch{wanted}; there are: {there}")
 
-# %% ../../nbs/sweep/09_ray.ipynb #cell-20
+# %% ../../nbs/sweep/09_ray.ipynb #cell-22
 class RayEngine:
     "Runs batches on a Ray cluster."
     def __init__(

@@ -26,7 +26,7 @@ def _share(resources, gpus, each, several, resource)->tuple[dict, int]:
     cpus = resources.get("CPU", 0)
     return dict(num_cpus=cpus), int(cpus > 0)
 
-# %% ../../nbs/sweep/08_ray_node.ipynb #cell-06
+# %% ../../nbs/sweep/08_ray_node.ipynb #cell-07
 def shares(
     resources:Mapping,       # of a node, as Ray tells them: {"CPU": 16.0, "GPU": 2.0, ...}
     gpus:bool,               # does the cluster have any?
@@ -41,7 +41,7 @@ def shares(
         count = min(count, int(resources.get(resource, 0)))
     return [share] * count
 
-# %% ../../nbs/sweep/08_ray_node.ipynb #cell-10
+# %% ../../nbs/sweep/08_ray_node.ipynb #cell-11
 def worker_environment(
     given:Mapping,   # what the worker is to find, besides what Ray was started with on this node
 )->dict:
@@ -52,14 +52,14 @@ def worker_environment(
     if "OMP_NUM_THREADS" in at_start: now["OMP_NUM_THREADS"] = at_start["OMP_NUM_THREADS"]
     return now | dict(given)
 
-# %% ../../nbs/sweep/08_ray_node.ipynb #cell-11
+# %% ../../nbs/sweep/08_ray_node.ipynb #cell-13
 def start_process(root:str, environment:dict, log)->subprocess.Popen:
     "A worker in the project's folder."
     command = [sys.executable, "-m", "speedrun_nb.sweep.worker"]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, cwd=root,
                             env=environment, start_new_session=True)
 
-# %% ../../nbs/sweep/08_ray_node.ipynb #cell-14
+# %% ../../nbs/sweep/08_ray_node.ipynb #cell-16
 def _descendants(pid)->list:
     import psutil
     try: return psutil.Process(pid).children(recursive=True)
@@ -70,7 +70,7 @@ def _runs(process)->bool:
     try: return process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess: return False
 
-# %% ../../nbs/sweep/08_ray_node.ipynb #cell-15
+# %% ../../nbs/sweep/08_ray_node.ipynb #cell-17
 def end_worker(worker:subprocess.Popen)->None:
     "End a worker and all that it has started; wait until they are gone, for 20 s at most."
     started = _descendants(worker.pid)
@@ -80,7 +80,7 @@ def end_worker(worker:subprocess.Popen)->None:
     until = time.monotonic() + 10
     while any(_runs(process) for process in started) and time.monotonic() < until: time.sleep(0.05)
 
-# %% ../../nbs/sweep/08_ray_node.ipynb #cell-17
+# %% ../../nbs/sweep/08_ray_node.ipynb #cell-19
 class Runner:
     "A worker on a node."
     def __init__(

@@ -45,7 +45,7 @@ def candidates(sweep:Sweep)->dict[str, Variant]:
     own = [c.variant for c in sweep.conditions if not c.variant.overrides]
     return {variant.name: variant for variant in own if variant.name != "baseline"}
 
-# %% ../../nbs/sweep/15_screening.ipynb #cell-08
+# %% ../../nbs/sweep/15_screening.ipynb #cell-09
 def screened(
     sweep:Sweep,    # of the earlier stage
     outputs:Path,   # folder of collected runs
@@ -63,7 +63,7 @@ def screened(
     return Screened(sweep=sweep, case=case, baseline=baseline, groups=groups,
                     findings=audit_case(case), problems=problems)
 
-# %% ../../nbs/sweep/15_screening.ipynb #cell-12
+# %% ../../nbs/sweep/15_screening.ipynb #cell-13
 def known_runs(group:Group|None, metrics:list[Metric])->int:
     "Completed runs that have all of these metrics."
     if group is None: return 0
@@ -77,7 +77,7 @@ def lost_runs(group:Group|None, metrics:list[Metric])->str:
     words = ", ".join(f"{number} {what}" for what, number in counts.items() if number)
     return f" ({words})" if words else ""
 
-# %% ../../nbs/sweep/15_screening.ipynb #cell-15
+# %% ../../nbs/sweep/15_screening.ipynb #cell-16
 def improvement(answer:Answer, metric:Metric)->float|None:
     "The relative change, positive where the variant is better."
     if answer.relative is None: return None
@@ -88,10 +88,10 @@ def worsening(answer:Answer, metric:Metric)->float|None:
     if answer.absolute is None: return None
     return answer.absolute if metric.better == "lower" else -answer.absolute
 
-# %% ../../nbs/sweep/15_screening.ipynb #cell-16
+# %% ../../nbs/sweep/15_screening.ipynb #cell-17
 def _label(metric)->str: return metric.label[0].upper() + metric.label[1:]
 
-# %% ../../nbs/sweep/15_screening.ipynb #cell-17
+# %% ../../nbs/sweep/15_screening.ipynb #cell-19
 def effect_words(
     answer:Answer,
     metric:Metric,
@@ -108,7 +108,7 @@ def effect_words(
     return (f"{_label(metric)}: {change(answer.relative, show)} than the baseline's ({measured}; "
             f"{count(runs[0])} against {runs[1]}{answer.within}), which is {enough} ({asked}).")
 
-# %% ../../nbs/sweep/15_screening.ipynb #cell-18
+# %% ../../nbs/sweep/15_screening.ipynb #cell-21
 def guard_words(answer:Answer, metric:Metric, margin:float)->str:
     "A sentence on what the variant must not make worse by more than `margin`, in the stored unit."
     show = partial(amount, finer(metric, half(answer.ci95)))
@@ -116,7 +116,7 @@ def guard_words(answer:Answer, metric:Metric, margin:float)->str:
     return (f"{_label(metric)}: {change(answer.absolute, show)}, which is {allowed} "
             f"(it may be worse by at most {exact_amount(metric, margin)}).")
 
-# %% ../../nbs/sweep/15_screening.ipynb #cell-21
+# %% ../../nbs/sweep/15_screening.ipynb #cell-24
 COPIES = ("copied-runs", "same-computation", "same-settings", "settings-differ", "inert-seed")  # findings of the audit
 SCREENING = "This is an estimate of a screening stage and decides nothing about the claim."
 
@@ -128,14 +128,14 @@ class Judged:
     reason:str     # sentences with numbers
     figures:dict   # the numbers behind them, plain values
 
-# %% ../../nbs/sweep/15_screening.ipynb #cell-22
+# %% ../../nbs/sweep/15_screening.ipynb #cell-26
 def _serious_findings(stage, group, metrics)->list[Finding]:
     "What the audit holds against a variant, in metrics that matter here."
     serious = [f for f in stage.findings if any(f.undermines(m.name) for m in metrics)]
     pair = [stage.baseline.name, group.name]
     return [f for f in serious if f.concerns(pair) or (f.id in COPIES and group.name in f.groups)]
 
-# %% ../../nbs/sweep/15_screening.ipynb #cell-23
+# %% ../../nbs/sweep/15_screening.ipynb #cell-28
 def _too_few(name, group, baseline, metrics, rule, figures)->Judged:
     "A variant for which there are not enough runs."
     runs = count(figures["runs"], "completed run")
@@ -143,7 +143,7 @@ def _too_few(name, group, baseline, metrics, rule, figures)->Judged:
              f"{lost_runs(baseline, metrics)}; the rule asks for {rule.runs} of each.")
     return Judged(name, False, words, figures)
 
-# %% ../../nbs/sweep/15_screening.ipynb #cell-25
+# %% ../../nbs/sweep/15_screening.ipynb #cell-30
 def _effect(answer, metric)->dict:
     "Figures on what is to be improved."
     return dict(change=answer.relative, ci95=answer.ci95_relative, improvement=improvement(answer, metric))
@@ -152,13 +152,13 @@ def _guarded(answer, metric)->dict:
     "Figures on what must not become worse."
     return dict(guard=answer.absolute, guard_ci95=answer.ci95, worsening=worsening(answer, metric))
 
-# %% ../../nbs/sweep/15_screening.ipynb #cell-26
+# %% ../../nbs/sweep/15_screening.ipynb #cell-32
 def _meets(figures, rule)->bool:
     "Does a variant meet the rule, by these figures?"
     if figures["improvement"] is None or figures["improvement"] < rule.at_least: return False
     return rule.guard is None or figures["worsening"] <= rule.guard.margin
 
-# %% ../../nbs/sweep/15_screening.ipynb #cell-27
+# %% ../../nbs/sweep/15_screening.ipynb #cell-34
 def judge(
     stage:Screened,
     name:str,            # of a variant
@@ -185,7 +185,7 @@ def judge(
     if copied: words.append("Results that may not be its own do not go on.")
     return Judged(name, _meets(figures, rule) and not copied, " ".join([*words, SCREENING]), plain(figures))
 
-# %% ../../nbs/sweep/15_screening.ipynb #cell-33
+# %% ../../nbs/sweep/15_screening.ipynb #cell-40
 def ranked(judged:list[Judged], most:int|None)->list[Judged]:
     "The best first; those for which there is no place do not go on."
     good = sorted((j for j in judged if j.goes_on), key=lambda j: -j.figures["improvement"])
@@ -196,14 +196,14 @@ def ranked(judged:list[Judged], most:int|None)->list[Judged]:
     rest = [replace(j, goes_on=False, reason=f"{full} {j.reason}") for j in good[len(chosen):]]
     return [*chosen, *rest, *(j for j in judged if not j.goes_on)]
 
-# %% ../../nbs/sweep/15_screening.ipynb #cell-34
+# %% ../../nbs/sweep/15_screening.ipynb #cell-41
 def _runnable(judged:Judged, study:Study, profile:str)->Judged:
     try: resolve(study, judged.variant, profile)
     except SpeedrunError as error:
         return replace(judged, goes_on=False, reason=f"It cannot be run in profile {profile}: {error} {judged.reason}")
     return judged
 
-# %% ../../nbs/sweep/15_screening.ipynb #cell-35
+# %% ../../nbs/sweep/15_screening.ipynb #cell-43
 def judge_all(
     stage:Screened,
     rule:Promotion,

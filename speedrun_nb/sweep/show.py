@@ -36,7 +36,7 @@ def _estimate_words(sweep, cells, condition)->dict:
     if found.ci95_relative: interval = "{:+.1%} to {:+.1%}".format(*found.ci95_relative)
     return {"change so far": change, "95 % interval": interval}
 
-# %% ../../nbs/sweep/14_show.ipynb #cell-06
+# %% ../../nbs/sweep/14_show.ipynb #cell-07
 def condition_rows(
     sweep:Sweep,
     cells:Cells,
@@ -54,7 +54,7 @@ def condition_rows(
         rows.append(row | _estimate_words(sweep, cells, condition))
     return rows
 
-# %% ../../nbs/sweep/14_show.ipynb #cell-10
+# %% ../../nbs/sweep/14_show.ipynb #cell-11
 def _spent(drive)->str:
     "Hours and money."
     budget = drive.sweep.budget
@@ -63,7 +63,7 @@ def _spent(drive)->str:
     if budget.price_per_hour: words += f", cost {drive.hours * budget.price_per_hour:.2f}"
     return words
 
-# %% ../../nbs/sweep/14_show.ipynb #cell-11
+# %% ../../nbs/sweep/14_show.ipynb #cell-13
 def summary(drive)->str:
     "A sweep in a line or two."
     words = f"{len(drive.cells.done)} of {len(drive.cells.wanted)} runs done, {_spent(drive)}"
@@ -73,7 +73,7 @@ def summary(drive)->str:
     now = "; ".join(batches) or drive.waiting
     return f"{words}\n{now}" if now else words
 
-# %% ../../nbs/sweep/14_show.ipynb #cell-13
+# %% ../../nbs/sweep/14_show.ipynb #cell-15
 class Show:
     "Shows a `Drive`, which calls it with news, and as time passes."
     def __init__(self, file=None):
@@ -109,7 +109,7 @@ class Show:
         self.live.update(Group(make_table(self.rows, drive.plan.name), summary(drive)), refresh=True)
         self.shown = time.monotonic()
 
-# %% ../../nbs/sweep/14_show.ipynb #cell-16
+# %% ../../nbs/sweep/14_show.ipynb #cell-18
 def _takes(sweep, seconds)->str:
     "What so many seconds of batches come to."
     if seconds is None: return "how long they take is not known, because nothing like them was run yet"
@@ -118,7 +118,7 @@ def _takes(sweep, seconds)->str:
     if budget.price_per_hour: words += f", {hours:.2f} h of devices, cost about {hours * budget.price_per_hour:.2f}"
     return words + (f"; the budget is {budget.hours:g} h" if budget.hours else "")
 
-# %% ../../nbs/sweep/14_show.ipynb #cell-17
+# %% ../../nbs/sweep/14_show.ipynb #cell-20
 def _batch_row(batch, seeds, seconds)->dict:
     condition = batch.condition
     return {"block": batch.block, "order": batch.order_start, "condition": condition.name,
@@ -139,7 +139,7 @@ def dry_run(
     takes = _takes(sweep, None if None in seconds else sum(seconds))
     return rows, f"{len(rows)} of {len(cells.batches)} batches to run; {takes}"
 
-# %% ../../nbs/sweep/14_show.ipynb #cell-20
+# %% ../../nbs/sweep/14_show.ipynb #cell-23
 def running_cells(outputs:Path, study:str)->set[str]:
     "What sweeps on this folder run just now: run_ids."
     return set(LeaseFolder(outputs, study).alive())
@@ -154,7 +154,7 @@ def _plan_row(plan:SweepPlan, outputs)->dict:
     counts = dict(planned=len(cells), done=len(done), running=len(running))
     return row | counts | dict(left=len(cells) - len(done) - len(running))
 
-# %% ../../nbs/sweep/14_show.ipynb #cell-21
+# %% ../../nbs/sweep/14_show.ipynb #cell-25
 def plan_rows(outputs:Path)->list[dict]:
     "Every frozen plan: what is done of it."
     return [_plan_row(plan, outputs) for plan in read_plans(outputs).values()]

@@ -34,7 +34,7 @@ def visible_gpus()->list[str]:
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     return given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]
 
-# %% ../../nbs/sweep/06_slots.ipynb #cell-08
+# %% ../../nbs/sweep/06_slots.ipynb #cell-09
 def share_out(
     gpus:list[str],
     each:int|None,    # GPUs a batch; None: all, where a batch can use several
@@ -47,13 +47,13 @@ def share_out(
         raise SpeedrunError(f"gpus_per_batch: {each} asked for, but {len(gpus)} can be seen here")
     return [tuple(gpus[i:i + each]) for i in range(0, len(gpus) - each + 1, each)]
 
-# %% ../../nbs/sweep/06_slots.ipynb #cell-11
+# %% ../../nbs/sweep/06_slots.ipynb #cell-12
 def _is_ours(folder)->bool:
     "Is it a folder that belongs to this user?"
     try: return folder.is_dir() and folder.stat().st_uid == os.getuid()
     except OSError: return False
 
-# %% ../../nbs/sweep/06_slots.ipynb #cell-12
+# %% ../../nbs/sweep/06_slots.ipynb #cell-14
 def lock_folder()->Path:
     "The folder for locks on this machine's devices. Raises `SpeedrunError` where there is none of our own."
     given = os.environ.get("XDG_RUNTIME_DIR")
@@ -65,12 +65,12 @@ def lock_folder()->Path:
     if folder.is_symlink() or not _is_ours(folder): raise _no_locks(folder, "it belongs to another user")
     return folder
 
-# %% ../../nbs/sweep/06_slots.ipynb #cell-13
+# %% ../../nbs/sweep/06_slots.ipynb #cell-15
 def _no_locks(folder, why)->SpeedrunError:
     return SpeedrunError(f"{folder}: devices cannot be locked there ({why}); "
                          "let XDG_RUNTIME_DIR name a folder of your own that can be written")
 
-# %% ../../nbs/sweep/06_slots.ipynb #cell-15
+# %% ../../nbs/sweep/06_slots.ipynb #cell-18
 class DeviceLocks:
     "Locks on devices, held until they are released or the process ends."
     def __init__(self, names:tuple[str, ...]): self.names, self.held = names, []

@@ -48,7 +48,7 @@ def _cell(record)->Cell:
     costs = {name: record.get(name) for name in ("time_seconds", "peak_memory_bytes")}
     return Cell(record["status"], record["metrics"] | costs, record.get("sweep"))
 
-# %% ../../nbs/sweep/05_state.ipynb #cell-09
+# %% ../../nbs/sweep/05_state.ipynb #cell-10
 class Cells:
     "The cells of a sweep, and what became of them so far."
     def __init__(self, sweep:Sweep, outputs:Path):

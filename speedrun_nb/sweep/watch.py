@@ -29,13 +29,13 @@ def compared_with(sweep:Sweep, condition:Condition)->Condition|None:
             if baseline.variant.overrides == overrides: return baseline
     return None
 
-# %% ../../nbs/sweep/11_watch.ipynb #cell-06
+# %% ../../nbs/sweep/11_watch.ipynb #cell-07
 def metric_of(sweep:Sweep, condition:Condition)->Metric:
     "What is shown of a condition: what it claims to change."
     claim = condition.variant.claim
     return sweep.study.metrics[claim.metric if claim else "time_seconds"]
 
-# %% ../../nbs/sweep/11_watch.ipynb #cell-07
+# %% ../../nbs/sweep/11_watch.ipynb #cell-08
 def values(
     cells:Cells,
     condition:Condition,
@@ -51,7 +51,7 @@ def values(
             if cell and cell.status == "completed": found[batch.repeat, seed] = cell.metrics.get(metric)
     return found
 
-# %% ../../nbs/sweep/11_watch.ipynb #cell-08
+# %% ../../nbs/sweep/11_watch.ipynb #cell-10
 def estimate(sweep:Sweep, cells:Cells, condition:Condition)->Difference|None:
     "Condition minus baseline so far; None where there is nothing to compare with."
     baseline = compared_with(sweep, condition)
@@ -61,7 +61,7 @@ def estimate(sweep:Sweep, cells:Cells, condition:Condition)->Difference|None:
              for side in (condition, baseline)]
     return difference(*known, metric)
 
-# %% ../../nbs/sweep/11_watch.ipynb #cell-13
+# %% ../../nbs/sweep/11_watch.ipynb #cell-15
 def _earlier_plans(sweep, plans, done)->dict[str, int]:
     "Other plans of this sweep file, and how many of their runs are done; none where its plan is frozen already."
     own = as_frozen(sweep).name
@@ -69,7 +69,7 @@ def _earlier_plans(sweep, plans, done)->dict[str, int]:
     counts = {name: len(plan.cells().keys() & done) for name, plan in plans.items() if plan.sweep == sweep.name}
     return {name: number for name, number in counts.items() if number}
 
-# %% ../../nbs/sweep/11_watch.ipynb #cell-14
+# %% ../../nbs/sweep/11_watch.ipynb #cell-17
 def remarks(
     sweep:Sweep,
     cells:Cells,
@@ -91,7 +91,7 @@ def remarks(
                      f"in params/{sweep.study.name}/")
     return found
 
-# %% ../../nbs/sweep/11_watch.ipynb #cell-17
+# %% ../../nbs/sweep/11_watch.ipynb #cell-20
 def check_stop_rule(sweep:Sweep)->None:
     "Raises `SpeedrunError` where the sweep is to stop when decided, and there is nothing to decide."
     decidable = any(c.variant.claim and compared_with(sweep, c) for c in sweep.conditions)
@@ -104,13 +104,13 @@ def finished_blocks(cells:Cells)->set[int]:
     open_blocks = {batch.block for batch in cells.batches if cells.left(batch)}
     return {batch.block for batch in cells.batches} - open_blocks
 
-# %% ../../nbs/sweep/11_watch.ipynb #cell-19
+# %% ../../nbs/sweep/11_watch.ipynb #cell-22
 def _watched(watch, cells, sides, metric, blocks)->str:
     "How a sequence of pairs ends: established, excluded or open."
     ours, theirs = (values(cells, side, metric, blocks) for side in sides)
     return watch.see((ours[key], theirs[key]) for key in ours if key in theirs).outcome
 
-# %% ../../nbs/sweep/11_watch.ipynb #cell-21
+# %% ../../nbs/sweep/11_watch.ipynb #cell-24
 def _outcome(sweep, cells, sides, blocks)->str:
     "How the claim of the first of two conditions stands against the second."
     claim = sides[0].variant.claim
@@ -123,7 +123,7 @@ def _outcome(sweep, cells, sides, blocks)->str:
     if "excluded" in outcomes: return "excluded"
     return "open" if "open" in outcomes else "established"
 
-# %% ../../nbs/sweep/11_watch.ipynb #cell-22
+# %% ../../nbs/sweep/11_watch.ipynb #cell-26
 def decided(
     sweep:Sweep,
     cells:Cells,

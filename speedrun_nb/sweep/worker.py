@@ -26,7 +26,7 @@ def end_children(pid:int)->None:
     "Kill all descendants of a process."
     with suppress(psutil.NoSuchProcess): _kill(psutil.Process(pid).children(recursive=True))
 
-# %% ../../nbs/sweep/03_worker.ipynb #cell-06
+# %% ../../nbs/sweep/03_worker.ipynb #cell-07
 def end_process(pid:int)->None:
     "Kill a process and all its descendants; wait until they are gone, for 3 s at most."
     with suppress(psutil.NoSuchProcess):
@@ -35,7 +35,7 @@ def end_process(pid:int)->None:
         _kill(family)
         psutil.wait_procs(family, timeout=3)
 
-# %% ../../nbs/sweep/03_worker.ipynb #cell-09
+# %% ../../nbs/sweep/03_worker.ipynb #cell-10
 def work(
     job:dict,    # `study` and `parameters`
 )->str|None:     # the error
@@ -46,14 +46,14 @@ def work(
     except Exception as error: return f"{type(error).__name__}: {error}"
     return None
 
-# %% ../../nbs/sweep/03_worker.ipynb #cell-11
+# %% ../../nbs/sweep/03_worker.ipynb #cell-12
 def _listen(jobs):
     "Pass jobs on; when the input ends, end everything."
     for line in sys.stdin: jobs.put(json.loads(line))
     end_children(os.getpid())
     os._exit(0)
 
-# %% ../../nbs/sweep/03_worker.ipynb #cell-13
+# %% ../../nbs/sweep/03_worker.ipynb #cell-14
 def serve()->None:
     "What `python -m speedrun_nb.sweep.worker` does."
     answers, jobs = os.fdopen(os.dup(1), "w", buffering=1), queue.Queue()

@@ -29,6 +29,7 @@ class BenchmarkRow:
     seed:int|None=None
     curve:dict = field(default_factory=dict)  # a list for each metric, one entry an epoch
 
+# %% ../../nbs/importing/12_benchmark.ipynb #cell-06
 def _rows_of_runs(source:Source)->list[BenchmarkRow]:
     "Rows of a list `runs` of {accuracy, tta_accuracy, total_time_seconds, seed}."
     place, rows = source.at_key("runs"), []
@@ -36,18 +37,32 @@ def _rows_of_runs(source:Source)->list[BenchmarkRow]:
         if not isinstance(run, Mapping): raise place.error("runs holds something that is not a run")
         plain = number(run.get("accuracy"), f"accuracy of run {i}", place, low=0, high=1)
         final = number(run.get("tta_accuracy", plain), f"accuracy of run {i}", place, low=0, high=1)
-        seconds = number(run.get("total_time_seconds"), f"time of run {i}", place, low=0)
-        seed = whole(run.get("seed"), "seed", place)
-        rows.append(BenchmarkRow(final, plain if "tta_accuracy" in run else None, seconds, seed))
+        rows.append(BenchmarkRow(
+            accuracy=final,
+            accuracy_plain=plain if "tta_accuracy" in run else None,
+            time_seconds=number(run.get("total_time_seconds"), f"time of run {i}", place, low=0),
+            seed=whole(run.get("seed"), "seed", place)))
     return rows
 
-# %% ../../nbs/importing/12_benchmark.ipynb #cell-06
-_EPOCH_NAMES = {"epoch": "epoch", "train_loss": "train_loss", "train_accuracy": "train_acc", "accuracy_plain": "val_acc"}
+# %% ../../nbs/importing/12_benchmark.ipynb #cell-07
+_EPOCH_NAMES = {  # our name of a metric -> the script's
+    "epoch": "epoch", "train_loss": "train_loss", "train_accuracy": "train_acc", "accuracy_plain": "val_acc"}
 
-def epochs_of(rows:object)->dict:
-    "One run's list of {epoch, train_loss, train_acc, val_acc} as a curve; empty if it is not such a list."
-    if not isinstance(rows, list) or not all(isinstance(row, Mapping) for row in rows): return {}
+def epochs_of(
+    rows:object,  # one run's list of {epoch, train_loss, train_acc, val_acc}
+)->dict:          # our name -> list; empty if it is not such a list
+    "The epochs of a run as a curve."
+    if not isinstance(rows, list): return {}
+    if not all(isinstance(row, Mapping) for row in rows): return {}
     return {ours: [row.get(theirs) for row in rows] for ours, theirs in _EPOCH_NAMES.items()}
+
+# %% ../../nbs/importing/12_benchmark.ipynb #cell-08
+def _curves(source:Source, runs:int)->list[dict]:
+    "The curve of each run; empty ones if there are none."
+    key = "raw_training_curves"
+    curves = source.json.get(key) or [None] * runs
+    if not isinstance(curves, list): raise source.at_key(key).error(f"{key} is not a list")
+    return [epochs_of(rows) for rows in curves]
 
 def _rows_of_lists(source:Source)->list[BenchmarkRow]:
     "Rows of the lists `accuracies` (or `accs`), `times` and `raw_training_curves`."
@@ -56,15 +71,14 @@ def _rows_of_lists(source:Source)->list[BenchmarkRow]:
     accuracies = json_numbers(source, key, raw.get("accuracies", data.get("accs")), low=0, high=1)
     no_times = [None] * len(accuracies)
     times = json_numbers(source, "times", raw.get("times", data.get("times", no_times)), low=0)
-    curves = data.get("raw_training_curves") or no_times
-    if not isinstance(curves, list): raise source.at_key("raw_training_curves").error("raw_training_curves is not a list")
+    curves = _curves(source, len(accuracies))
     if not len(accuracies) == len(times) == len(curves):
         why = f"there are {len(accuracies)} accuracies, {len(times)} times and {len(curves)} training curves"
         raise source.at_key("times").error(why)
-    return [BenchmarkRow(accuracy, time_seconds=seconds, curve=epochs_of(curve))
-            for accuracy, seconds, curve in zip(accuracies, times, curves, strict=True)]
+    rows = zip(accuracies, times, curves, strict=True)
+    return [BenchmarkRow(accuracy, time_seconds=seconds, curve=curve) for accuracy, seconds, curve in rows]
 
-# %% ../../nbs/importing/12_benchmark.ipynb #cell-07
+# %% ../../nbs/importing/12_benchmark.ipynb #cell-09
 def benchmark_rows(source:Source)->list[BenchmarkRow]:
     "A row a run. Raises `SpeedrunError` with the line."
     read = _rows_of_runs if isinstance(source.json.get("runs"), list) else _rows_of_lists
@@ -72,54 +86,62 @@ def benchmark_rows(source:Source)->list[BenchmarkRow]:
     if not rows: raise source.at().error("there are no runs in it")
     return rows
 
-# %% ../../nbs/importing/12_benchmark.ipynb #cell-10
+# %% ../../nbs/importing/12_benchmark.ipynb #cell-12
 def benchmark_run(row:BenchmarkRow, index:int)->ImportedRun:
     "One run of a benchmark."
     known = dict(seed=row.seed, order=index, curve=row.curve)
-    if row.accuracy is None: return ImportedRun(index, "failed", {}, error="there is no accuracy", **known)
-    if not math.isfinite(row.accuracy): return ImportedRun(index, "diverged", {}, error="there is no accuracy", **known)
-    last_plain, last_loss = (row.curve[key][-1] if row.curve.get(key) else None for key in ("accuracy_plain", "train_loss"))
-    plain = last_plain if row.accuracy_plain is None else row.accuracy_plain
-    metrics = dict(accuracy=row.accuracy, accuracy_plain=plain, train_loss=last_loss)
+    if row.accuracy is None or not math.isfinite(row.accuracy):
+        status = "failed" if row.accuracy is None else "diverged"
+        return ImportedRun(index, status, {}, error="there is no accuracy", **known)
+    last = {key: values[-1] for key, values in row.curve.items() if values}
+    plain = last.get("accuracy_plain") if row.accuracy_plain is None else row.accuracy_plain
+    metrics = dict(accuracy=row.accuracy, accuracy_plain=plain, train_loss=last.get("train_loss"))
     losses = tuple(loss for loss in row.curve.get("train_loss", ()) if loss is not None)
     return ImportedRun(index, "completed", metrics, time_seconds=row.time_seconds, losses=losses, **known)
 
-# %% ../../nbs/importing/12_benchmark.ipynb #cell-13
+# %% ../../nbs/importing/12_benchmark.ipynb #cell-15
 _STUDY = load_study("cifar")
 
 def script_config(data:Mapping)->dict:
     "Settings of an airbench script, in our names."
     settings = nested(data, "hyperparameters") or nested(data, "hyp")
     config = dict(_STUDY.log_settings)
-    for part in (settings, nested(settings, "opt"), nested(settings, "net")): config |= translate(part, _STUDY.log_names)
+    for part in (settings, nested(settings, "opt"), nested(settings, "net")):
+        config |= translate(part, _STUDY.log_names)
     config |= widths(nested(settings, "net", "widths"))
-    if aug := nested(settings, "aug"): config |= augmentation(aug)
-    if mode := settings.get("mode") or data.get("mode"): config["code.mode"] = str(mode)
-    flags = {key: value for key, value in nested(data, "modifications").items() if not isinstance(value, (dict, list))}
-    return config | {f"code.{key}": value for key, value in flags.items()}
+    aug = nested(settings, "aug")
+    if aug: config |= augmentation(aug)
+    mode = settings.get("mode") or data.get("mode")
+    if mode: config["code.mode"] = str(mode)
+    for flag, value in nested(data, "modifications").items():
+        if not isinstance(value, (dict, list)): config[f"code.{flag}"] = value
+    return config
 
-# %% ../../nbs/importing/12_benchmark.ipynb #cell-15
+# %% ../../nbs/importing/12_benchmark.ipynb #cell-17
 def _benchmark_facts(source:Source)->dict:
-    "Machine and times for provenance.json. Scripts with options (`args`) write down when they began, others when they ended."
+    "Machine and times for provenance.json."
     data, machine = source.json, nested(source.json, "environment")
+    gpu, torch = machine.get("gpu"), machine.get("torch_version")
     written = timestamp(data.get("timestamp"), source.at_key("timestamp"))
+    is_start = "args" in data  # scripts with options write down when they began, others when they ended
     asked = data.get("n_runs", nested(data, "args").get("n_runs"))
     return dict(
         git=git_facts(machine.get("git_commit")),
-        gpus=[dict(name=str(machine["gpu"]))] if machine.get("gpu") else [],
-        packages=dict(torch=machine["torch_version"]) if machine.get("torch_version") else {},
+        gpus=[dict(name=str(gpu))] if gpu else [],
+        packages=dict(torch=torch) if torch else {},
         cuda=machine.get("cuda_version"),
-        started_at=written if "args" in data else None,
-        ended_at=None if "args" in data else written,
+        started_at=written if is_start else None,
+        ended_at=None if is_start else written,
         expected_runs=whole(asked, "n_runs", source.at_key("n_runs")))
 
+# %% ../../nbs/importing/12_benchmark.ipynb #cell-18
 def _benchmark_name(source:Source, config:Mapping)->str:
     "The name in the log, the mode, or the name of the file; of its folder if the file is called log.json."
     name = source.json.get("experiment_name") or config.get("code.mode")
     file = source.path.parent.name if source.path.stem == "log" else source.path.stem
     return safe_name(name or re.sub(r"_\d{8}_\d{6}$", "", file))
 
-# %% ../../nbs/importing/12_benchmark.ipynb #cell-17
+# %% ../../nbs/importing/12_benchmark.ipynb #cell-20
 def _has_results(data:Mapping)->bool:
     "Are there accuracies, as lists or in a list of runs?"
     runs = data.get("runs")
@@ -131,13 +153,20 @@ def is_benchmark(source:Source)->bool:
     "A benchmark by its results; if the JSON is damaged, by its name or a word in it."
     try: return _has_results(source.json)
     except SpeedrunError:
-        return source.path.name == "log.json" or any(f'"{word}"' in source.text for word in ("raw_data", "accs"))
+        has_word = '"raw_data"' in source.text or '"accs"' in source.text
+        return source.path.name == "log.json" or has_word
 
+# %% ../../nbs/importing/12_benchmark.ipynb #cell-21
 @reader("benchmark log", "JSON with accuracies and times of CIFAR-10 runs", is_benchmark, endings=(".json",))
 def read_benchmark(source:Source)->list[ImportedBatch]:
     "The runs of a benchmark's log. Raises `SpeedrunError` with the line."
     runs = tuple(benchmark_run(row, i) for i, row in enumerate(benchmark_rows(source)))
     config, facts = script_config(source.json), _benchmark_facts(source)
     return [ImportedBatch(
-        source=source, study="cifar", variant=_benchmark_name(source, config), config=config, runs=runs, facts=facts,
+        source=source,
+        study="cifar",
+        variant=_benchmark_name(source, config),
+        config=config,
+        runs=runs,
+        facts=facts,
         device="cuda" if facts["gpus"] else None)]

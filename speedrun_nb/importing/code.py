@@ -10,7 +10,7 @@ import ast
 import operator
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from .formats import Source
 
@@ -24,6 +24,7 @@ def snapshot(source:Source)->str|None:
     left_out = not code.strip() or re.fullmatch(r"\s*\[[^\n]*\]\s*", code)
     return None if left_out else code
 
+# %% ../../nbs/importing/09_code.ipynb #cell-06
 def parse_code(code:str|None)->ast.Module|None:
     "The syntax tree of a script; None if this Python cannot parse it."
     with warnings.catch_warnings():
@@ -31,30 +32,41 @@ def parse_code(code:str|None)->ast.Module|None:
         try: return ast.parse(code or "")
         except (SyntaxError, ValueError, RecursionError, MemoryError): return None
 
-# %% ../../nbs/importing/09_code.ipynb #cell-08
+# %% ../../nbs/importing/09_code.ipynb #cell-09
 _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
+def _calculated(operation:Callable|None, a:object, b:object)->int|float|None:
+    "The result of an operation on two numbers; None if it has none."
+    are_numbers = isinstance(a, (int, float)) and isinstance(b, (int, float))
+    if operation is None or not are_numbers: return None
+    try: return operation(a, b)
+    except (ArithmeticError, ValueError): return None
+
+# %% ../../nbs/importing/09_code.ipynb #cell-10
 def constant(
     node:ast.AST,
     args:Mapping,   # what `args.name` stands for
 ):                  # the value; None if it is not a constant
     "Calculate an expression of numbers, and nothing else."
-    if isinstance(node, ast.Constant): return node.value if isinstance(node.value, (int, float, str, bool)) else None
-    if isinstance(node, ast.Attribute): return args.get(node.attr) if isinstance(node.value, ast.Name) else None
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        return constant(ast.BinOp(ast.Constant(0), ast.Sub(), node.operand), args)
-    if not isinstance(node, ast.BinOp) or type(node.op) not in _OPERATORS: return None
-    values = [constant(side, args) for side in (node.left, node.right)]
-    if any(isinstance(value, str) or value is None for value in values): return None
-    try: return _OPERATORS[type(node.op)](*values)
-    except (ArithmeticError, ValueError): return None
+    match node:
+        case ast.Constant(value=int() | float() | str() as value): return value
+        case ast.Attribute(value=ast.Name(), attr=name): return args.get(name)
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return _calculated(operator.sub, 0, constant(operand, args))
+        case ast.BinOp(left=left, op=op, right=right):
+            return _calculated(_OPERATORS.get(type(op)), constant(left, args), constant(right, args))
+    return None
 
-# %% ../../nbs/importing/09_code.ipynb #cell-11
+# %% ../../nbs/importing/09_code.ipynb #cell-13
 def _class_constants(node:ast.ClassDef)->dict:
-    "Fields of a class with a constant value."
-    fields = [item for item in node.body if isinstance(item, ast.AnnAssign) and item.value and isinstance(item.target, ast.Name)]
-    return {item.target.id: constant(item.value, {}) for item in fields}
+    "Fields of a class with their values; None where the value is not a constant."
+    found = {}
+    for item in node.body:
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and item.value:
+            found[item.target.id] = constant(item.value, {})
+    return found
 
+# %% ../../nbs/importing/09_code.ipynb #cell-14
 def _assigned_attributes(code:ast.Module)->set[str]:
     "Attributes that a script sets: `args.warmdown_iters = 150`."
     targets = []
@@ -63,43 +75,49 @@ def _assigned_attributes(code:ast.Module)->set[str]:
         if isinstance(node, (ast.AugAssign, ast.AnnAssign)): targets.append(node.target)
     return {target.attr for target in targets if isinstance(target, ast.Attribute)}
 
-def _calls(code:ast.Module, name:str)->bool:
-    calls = [node for node in ast.walk(code) if isinstance(node, ast.Call)]
-    return any(isinstance(call.func, ast.Name) and call.func.id == name for call in calls)
+def _calls_setattr(code:ast.Module)->bool:
+    functions = [node.func for node in ast.walk(code) if isinstance(node, ast.Call)]
+    return any(isinstance(each, ast.Name) and each.id == "setattr" for each in functions)
 
-# %% ../../nbs/importing/09_code.ipynb #cell-12
+# %% ../../nbs/importing/09_code.ipynb #cell-15
 def stated_settings(code:ast.Module|None)->dict:
     "Numbers and words of the class `Hyperparameters` that nothing else in the script sets."
-    if code is None or _calls(code, "setattr"): return {}
-    classes = [node for node in ast.walk(code) if isinstance(node, ast.ClassDef) and node.name == "Hyperparameters"]
+    if code is None or _calls_setattr(code): return {}
     found = {}
-    for each in classes: found |= _class_constants(each)
+    for node in ast.walk(code):
+        if isinstance(node, ast.ClassDef) and node.name == "Hyperparameters":
+            found |= _class_constants(node)
     replaced = _assigned_attributes(code)
     return {key: value for key, value in found.items() if value is not None and key not in replaced}
 
-# %% ../../nbs/importing/09_code.ipynb #cell-15
+# %% ../../nbs/importing/09_code.ipynb #cell-18
 OPTIMIZER_NAMES = {  # arguments of optimisers -> our names
     "lr": "optimizer.block_lr", "momentum": "optimizer.block_momentum", "gamma": "optimizer.block_gamma",
     "eps": "optimizer.block_eps", "backend_steps": "optimizer.block_steps"}
 
+# %% ../../nbs/importing/09_code.ipynb #cell-19
 def _optimizer_calls(code:ast.Module|None)->Iterator[tuple[str, list[ast.keyword]]]:
-    "Name and keywords of each call that is assigned to `optimizer...`, except Adam, which trains the embeddings and the head."
+    "Name and keywords of each call in `optimizer... = Call(...)`. Adam is left out: it trains embeddings and head."
     for node in ast.walk(code) if code else ():
-        if not (isinstance(node, ast.Assign) and isinstance(node.value, ast.Call) and isinstance(node.targets[0], ast.Name)): continue
-        function = node.value.func
-        name = getattr(function, "attr", getattr(function, "id", "")).lower()
-        if node.targets[0].id.startswith("optimizer") and name not in ("adam", "adamw"): yield name, node.value.keywords
+        match node:
+            case ast.Assign(targets=[ast.Name(id=target), *_], value=ast.Call(func=function, keywords=keywords)):
+                name = getattr(function, "attr", getattr(function, "id", "")).lower()
+                if target.startswith("optimizer") and name not in ("adam", "adamw"): yield name, keywords
 
-# %% ../../nbs/importing/09_code.ipynb #cell-16
+# %% ../../nbs/importing/09_code.ipynb #cell-20
 def optimizer_settings(
     code:ast.Module|None,
     args:Mapping,        # hyperparameters of the run, by the script's names
     kind:str|None=None,  # the optimiser of the blocks, if the log names it
 )->dict:                 # our names
     "What the script passes to the optimiser of the blocks; empty if that is not clear."
-    calls = [(name, keywords) for name, keywords in _optimizer_calls(code) if kind is None or name == kind.lower()]
+    calls = list(_optimizer_calls(code))
+    if kind: calls = [(name, keywords) for name, keywords in calls if name == kind.lower()]
     if len(calls) != 1: return {}
     name, keywords = calls[0]
-    values = {OPTIMIZER_NAMES[each.arg]: constant(each.value, args) for each in keywords if each.arg in OPTIMIZER_NAMES}
-    numbers = {key: value for key, value in values.items() if isinstance(value, (int, float))}
-    return {"optimizer.block": name} | numbers
+    settings = {"optimizer.block": name}
+    for each in keywords:
+        value = constant(each.value, args)
+        if each.arg in OPTIMIZER_NAMES and isinstance(value, (int, float)):
+            settings[OPTIMIZER_NAMES[each.arg]] = value
+    return settings

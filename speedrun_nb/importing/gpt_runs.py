@@ -35,22 +35,27 @@ from .values import nested, number, seconds_before, timestamp
 # %% ../../nbs/importing/07_gpt_runs.ipynb #cell-05
 def _metrics_series(source:Source, rows:list[tuple[int, dict]], loss:str)->LossSeries:
     "The points of metrics.jsonl that have this loss."
-    keys = ("step", loss, "train_time_ms")
-    points = [[number(row.get(key), key, source.at(line)) or 0.0 for key in keys] for line, row in rows if loss in row]
+    keys, points = ("step", loss, "train_time_ms"), []
+    for line, row in rows:
+        if loss not in row: continue
+        points.append([number(row.get(key), key, source.at(line)) or 0.0 for key in keys])
     step, losses, ms = np.array(points, dtype=float).reshape(-1, 3).T
     return LossSeries(step.astype(int), losses, ms)
 
+# %% ../../nbs/importing/07_gpt_runs.ipynb #cell-06
 def metrics_steps(experiment:Experiment, run:int|None, final:float|None)->Steps|None:
     "The steps of one run from metrics.jsonl; None if they are missing or end with another loss."
     path = experiment.folder / "metrics.jsonl"
     if final is None or not path.is_file(): return None
     source = Source(path, f"{experiment.shown}/metrics.jsonl")
     rows = [(line, row) for line, row in read_json_lines(source) if row.get("run_id") == run]
-    train, val = _metrics_series(source, rows, "train_loss"), _metrics_series(source, rows, "val_loss")
-    if not len(val.step) or not math.isclose(val.loss[-1], final, abs_tol=5e-5): return None
+    train = _metrics_series(source, rows, "train_loss")
+    val = _metrics_series(source, rows, "val_loss")
+    is_this_run = len(val.loss) > 0 and math.isclose(val.loss[-1], final, abs_tol=5e-5)
+    if not is_this_run: return None
     return Steps(total=int(val.step[-1]), train=train, val=val, start=10)
 
-# %% ../../nbs/importing/07_gpt_runs.ipynb #cell-06
+# %% ../../nbs/importing/07_gpt_runs.ipynb #cell-07
 @dataclass(frozen=True)
 class PrintedRun:
     "The steps of one run, and what it printed."
@@ -62,22 +67,44 @@ class PrintedRun:
         "Settings that its output shows."
         return shown_settings(self.steps) if self.output else {}
 
+# %% ../../nbs/importing/07_gpt_runs.ipynb #cell-08
 def printed_run(
     experiment:Experiment,
     key:tuple[int|None, int|None],  # number and seed
     final:float|None=None,          # the validation loss of its row
 )->PrintedRun:
     "Read what one run printed; without that, metrics.jsonl. Raises `SpeedrunError` with file and line."
-    path = experiment.folder / "runs" / f"run_{key[0]}_seed_{key[1]}" / "stdout.log"
-    if not path.is_file(): return PrintedRun(metrics_steps(experiment, key[0], final), None)
-    output = Source(path, f"{experiment.shown}/runs/{path.parent.name}/stdout.log")
+    run, seed = key
+    inside = f"runs/run_{run}_seed_{seed}/stdout.log"
+    path = experiment.folder / inside
+    if not path.is_file(): return PrintedRun(metrics_steps(experiment, run, final), None)
+    output = Source(path, f"{experiment.shown}/{inside}")
     return PrintedRun(read_steps(output), output)
 
-# %% ../../nbs/importing/07_gpt_runs.ipynb #cell-08
+# %% ../../nbs/importing/07_gpt_runs.ipynb #cell-10
+_METRICS = {"train_loss": "final_train_loss", "val_loss": "final_val_loss", "wall_seconds": "time_seconds"}
+
+def _row_numbers(row:Mapping, place:Place)->dict[str, float|None]:
+    "The metrics of a row, in our names."
+    return {ours: number(row.get(theirs), theirs, place, low=0) for ours, theirs in _METRICS.items()}
+
+def _started_run(row:Mapping, label:int|str, place:Place, steps:Steps|None, config:Mapping)->ImportedRun:
+    "What is known of a run before its row says how it ended."
+    _, seed = row_key(row, place)
+    wall = number(row.get("time_seconds"), "time_seconds", place, low=0)
+    mib = number(row.get("peak_memory_mib"), "peak_memory_mib", place, low=0)
+    ended = timestamp(row.get("timestamp"), place)
+    known = dict(seed=seed, started_at=seconds_before(ended, wall), ended_at=ended)
+    if mib is not None: known["peak_memory_bytes"] = int(mib * 2**20)
+    run = run_of_steps(steps, label, config) if steps else ImportedRun(label, "completed", {})
+    return replace(run, config=config, **known)
+
+# %% ../../nbs/importing/07_gpt_runs.ipynb #cell-11
 def _as_ended(run:ImportedRun, status:str, error:str)->ImportedRun:
     "A run without results."
     return replace(run, status=status, metrics={}, time_seconds=None, error=error)
 
+# %% ../../nbs/importing/07_gpt_runs.ipynb #cell-12
 def gpt_run(
     row:Mapping,          # of results.jsonl
     label:int|str,        # the line, or another name that is unique
@@ -86,21 +113,17 @@ def gpt_run(
     config:Mapping,       # settings in effect
 )->ImportedRun:
     "One run. Raises `SpeedrunError` with the line."
-    _, seed = row_key(row, place)
-    wall, val, train = (number(row.get(key), key, place, low=0) for key in ("time_seconds", "final_val_loss", "final_train_loss"))
-    mib, ended = number(row.get("peak_memory_mib"), "peak_memory_mib", place, low=0), timestamp(row.get("timestamp"), place)
-    known = dict(seed=seed, started_at=seconds_before(ended, wall), ended_at=ended)
-    run = run_of_steps(steps, label, config, **known) if steps else ImportedRun(label, "completed", {}, **known)
-    run = replace(run, config=config)
-    if mib is not None: run = replace(run, peak_memory_bytes=int(mib * 2**20))
+    numbers = _row_numbers(row, place)
+    run = _started_run(row, label, place, steps, config)
+    val = numbers["val_loss"]
     if not row.get("success", True) or val is None:
-        return _as_ended(run, "failed", str(row.get("error") or "the row says that the run did not succeed")[:300])
+        error = str(row.get("error") or "the row says that the run did not succeed")
+        return _as_ended(run, "failed", error[:300])
     if not math.isfinite(val): return _as_ended(run, "diverged", "the validation loss is not finite")
     printed = run.metrics if steps and steps.finished else {}
-    metrics = {"train_loss": train, "val_loss": val, **printed, "wall_seconds": wall}
-    return replace(run, status="completed", error=None, metrics=metrics)
+    return replace(run, status="completed", error=None, metrics=numbers | printed)
 
-# %% ../../nbs/importing/07_gpt_runs.ipynb #cell-11
+# %% ../../nbs/importing/07_gpt_runs.ipynb #cell-15
 _ERROR = re.compile(r"\b(\w*(?:Error|Exception)): +(\S.*)")
 
 def last_error(output:Source|None)->str:
@@ -108,6 +131,7 @@ def last_error(output:Source|None)->str:
     found = _ERROR.findall(output.text) if output else []
     return f": {found[-1][0]}: {found[-1][1]}"[:300] if found else ""
 
+# %% ../../nbs/importing/07_gpt_runs.ipynb #cell-16
 def failed_gpt_run(
     key:tuple[int, int],   # number and seed
     printed:PrintedRun,
@@ -117,39 +141,44 @@ def failed_gpt_run(
     "A run that the log or a folder shows."
     label, steps = run_label(key), printed.steps
     run = run_of_steps(steps, label, config) if steps else ImportedRun(label, "failed", {})
-    run = replace(run, seed=key[1], config=config, started_at=known["started_at"], ended_at=known["ended_at"])
+    times = dict(started_at=known["started_at"], ended_at=known["ended_at"])
+    run = replace(run, seed=key[1], config=config, **times)
     if run.status == "completed" and known["started_at"] is None: return run
     reason = last_error(printed.output) or (f"; {run.error}" if run.error else "")
     return _as_ended(run, "failed", known["error"] + reason)
 
-# %% ../../nbs/importing/07_gpt_runs.ipynb #cell-13
+# %% ../../nbs/importing/07_gpt_runs.ipynb #cell-18
 _STUDY = load_study("gpt")
 
 def script_of(word:object)->str|None:
     "The module that a script's path names."
     return Path(str(word)).stem if word and word != "N/A" else None
 
+# %% ../../nbs/importing/07_gpt_runs.ipynb #cell-19
 def _script_that_ran(experiment:Experiment)->tuple[str|None, str]:
     "The training script by the log or the summary, and the place that says so."
     word, line = experiment.logged("Training script")
     if line: return script_of(word), experiment.at(line)
-    return script_of(nested(experiment.summary, "additional_info").get("script_name")), f"{experiment.shown}/summary.json"
+    noted = nested(experiment.summary, "additional_info").get("script_name")
+    return script_of(noted), f"{experiment.shown}/summary.json"
 
-# %% ../../nbs/importing/07_gpt_runs.ipynb #cell-14
+# %% ../../nbs/importing/07_gpt_runs.ipynb #cell-20
 def gpt_claims(experiment:Experiment)->tuple[dict, list[dict]]:
     "Settings of the configuration with the script that ran, and where the log contradicts them."
-    config, (module, where) = experiment.config, _script_that_ran(experiment)
-    named = script_of(config.get("script"))
-    contradictions = contradict({"code.module": named}, {"code.module": module}, where) if named and module else []
+    config, contradictions = experiment.config, []
+    named, (module, where) = script_of(config.get("script")), _script_that_ran(experiment)
+    if named and module:
+        contradictions += contradict({"code.module": named}, {"code.module": module}, where)
     processes, line = experiment.logged("Processes")
     if processes and config.get("n_gpus"):
         contradictions += contradict({"gpus": config["n_gpus"]}, {"gpus": processes}, experiment.at(line))
     claimed = dict(_STUDY.log_settings)
-    for part in ("hyperparameters", "stage_config"): claimed |= translate(nested(config, part), _STUDY.log_names)
+    for part in ("hyperparameters", "stage_config"):
+        claimed |= translate(nested(config, part), _STUDY.log_names)
     if module or named: claimed["code.module"] = module or named
     return claimed, contradictions
 
-# %% ../../nbs/importing/07_gpt_runs.ipynb #cell-16
+# %% ../../nbs/importing/07_gpt_runs.ipynb #cell-22
 @dataclass(frozen=True)
 class GptRuns:
     "What a folder knows of its runs."
@@ -161,38 +190,45 @@ class GptRuns:
 
     def config(self, key:tuple)->dict:
         "Settings of a run: those that it shows, else those of the first run that ended."
-        ended = [each.settings for each in self.printed.values() if each.output and each.steps and each.steps.finished]
-        return self.claimed | (ended[0] if ended else {}) | self.printed[key].settings
+        ended = [each for each in self.printed.values() if each.output and each.steps and each.steps.finished]
+        usual = ended[0].settings if ended else {}
+        return self.claimed | usual | self.printed[key].settings
+
+# %% ../../nbs/importing/07_gpt_runs.ipynb #cell-23
+_LOGGED = {"val_loss": "final_val_loss", "train_loss": "final_train_loss"}  # the log's words -> columns
 
 def gather_runs(experiment:Experiment, claimed:dict)->GptRuns:
     "Rows, missing runs, and what each printed. Raises `SpeedrunError` with file and line."
-    rows = experiment.rows or logged_rows(experiment, {"val_loss": "final_val_loss", "train_loss": "final_train_loss"})
+    rows = experiment.rows or logged_rows(experiment, _LOGGED)
     keys = [row_key(row, row_place(experiment, label)) for label, row in rows]
     missing = missing_runs(experiment, set(keys))
-    finals = {key: row.get("final_val_loss") for key, (_, row) in zip(keys, rows, strict=True)} | dict.fromkeys(missing)
+    finals = [row.get("final_val_loss") for _, row in rows]
+    finals = dict(zip(keys, finals, strict=True)) | dict.fromkeys(missing)
     printed = {key: printed_run(experiment, key, final) for key, final in finals.items()}
     return GptRuns(rows, keys, missing, printed, claimed)
 
-# %% ../../nbs/importing/07_gpt_runs.ipynb #cell-17
+# %% ../../nbs/importing/07_gpt_runs.ipynb #cell-24
 def _setting_contradictions(found:GptRuns)->list[dict]:
     "Where a run's output contradicts the configuration, each setting and value once."
-    differing = [each for key, printed in found.printed.items() if printed.output
-                 for each in contradict(found.claimed, found.config(key), printed.output.name)]
     first = {}
-    for each in differing: first.setdefault((each["setting"], str(each["effective"])), each)
+    for key, printed in found.printed.items():
+        if not printed.output: continue
+        for each in contradict(found.claimed, found.config(key), printed.output.name):
+            first.setdefault((each["setting"], str(each["effective"])), each)
     return list(first.values())
 
+# %% ../../nbs/importing/07_gpt_runs.ipynb #cell-25
 def _loss_contradictions(found:GptRuns, runs:list[ImportedRun])->list[dict]:
     "Where a run printed another final loss than its row has."
     contradictions = []
     for run, key, (_, row) in zip(runs, found.keys, found.rows, strict=True):
         output = found.printed[key].output
         if run.status != "completed" or not output: continue
-        claimed, shown = {"val_loss": float(row["final_val_loss"])}, {"val_loss": run.metrics["val_loss"]}
-        contradictions += contradict(claimed, shown, output.name)
+        claimed = {"val_loss": float(row["final_val_loss"])}
+        contradictions += contradict(claimed, run.metrics, output.name)
     return contradictions
 
-# %% ../../nbs/importing/07_gpt_runs.ipynb #cell-18
+# %% ../../nbs/importing/07_gpt_runs.ipynb #cell-26
 def gpt_notes(
     experiment:Experiment,
     printed:Mapping[tuple, PrintedRun],
@@ -200,26 +236,44 @@ def gpt_notes(
     runs:list[ImportedRun],
 )->list[str]:
     "What else a reader of the runs should know."
-    notes = [note for each in printed.values() if each.steps for note in each.steps.slow]
+    notes = []
+    for each in printed.values():
+        if each.steps: notes += each.steps.slow
     silent = [str(run.seed) for run in runs if run.status == "completed" and run.time_seconds is None]
-    if silent: notes.append(f"the output of the runs with seeds {', '.join(silent)} is missing; their time by the speedrun's clock is not known")
+    if silent:
+        missing = f"the output of the runs with seeds {', '.join(silent)} is missing"
+        notes.append(f"{missing}; their time by the speedrun's clock is not known")
     planned = nested(experiment.config, "stage_config").get("recommended_runs")
     if expected and isinstance(planned, int) and planned != expected:
         notes.append(f"the configuration recommends {planned} runs; {expected} were asked for")
     return notes + row_notes(experiment, "val_loss", [run.metrics.get("val_loss") for run in runs])
 
-# %% ../../nbs/importing/07_gpt_runs.ipynb #cell-19
+# %% ../../nbs/importing/07_gpt_runs.ipynb #cell-27
+def _runs_with_row(experiment:Experiment, found:GptRuns)->list[ImportedRun]:
+    runs = []
+    for key, (label, row) in zip(found.keys, found.rows, strict=True):
+        place, steps = row_place(experiment, label), found.printed[key].steps
+        runs.append(gpt_run(row, label, place, steps, found.config(key)))
+    return runs
+
+# %% ../../nbs/importing/07_gpt_runs.ipynb #cell-28
 def read_gpt_experiment(experiment:Experiment)->ImportedBatch:
     "The batch of a NanoGPT runner's folder. Raises `SpeedrunError` with file and line."
     claimed, contradictions = gpt_claims(experiment)
     found = gather_runs(experiment, claimed)
-    runs = [gpt_run(row, label, row_place(experiment, label), found.printed[key].steps, found.config(key))
-            for key, (label, row) in zip(found.keys, found.rows, strict=True)]
+    runs = _runs_with_row(experiment, found)
     contradictions += _setting_contradictions(found) + _loss_contradictions(found, runs)
-    runs += [failed_gpt_run(key, found.printed[key], known, found.config(key)) for key, known in found.missing.items()]
+    for key, known in found.missing.items():
+        runs.append(failed_gpt_run(key, found.printed[key], known, found.config(key)))
     facts = machine_facts(experiment) | contradiction_facts(contradictions)
     same = runs and all(run.config == runs[0].config for run in runs)
+    notes = gpt_notes(experiment, found.printed, facts["expected_runs"], runs)
     return ImportedBatch(
-        source=experiment.source, study="gpt", variant=safe_name(experiment.name),
-        config=runs[0].config if same else claimed, runs=with_order(runs), facts=facts,
-        notes=tuple(gpt_notes(experiment, found.printed, facts["expected_runs"], runs)), device="cuda" if facts["gpus"] else None)
+        source=experiment.source,
+        study="gpt",
+        variant=safe_name(experiment.name),
+        config=runs[0].config if same else claimed,
+        runs=with_order(runs),
+        facts=facts,
+        notes=tuple(notes),
+        device="cuda" if facts["gpus"] else None)

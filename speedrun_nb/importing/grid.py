@@ -38,24 +38,25 @@ _COLUMNS = {  # what we call a column -> what scripts call it, the more specific
     "train_loss": ("final_train_loss", "train_loss"),
     "mib": ("peak_memory_mib",)}
 
-def _plain_name(cell:str)->str: return cell.strip().strip('"')
-
 def header_of(source:Source)->list[str]:
     "The names of the columns."
-    return [_plain_name(cell) for cell in source.text.partition("\n")[0].split(",")]
+    first, _, _ = source.text.partition("\n")
+    return [cell.strip().strip('"') for cell in first.split(",")]
 
+# %% ../../nbs/importing/13_grid.ipynb #cell-06
 def grid_columns(header:list[str])->dict[str, int]|None:
     "Where each known column is; None for a table that is not one of runs with results."
-    names = [name.lower() for name in header]
-    known = {ours: next((name for name in theirs if name in names), None) for ours, theirs in _COLUMNS.items()}
-    found = {ours: names.index(name) for ours, name in known.items() if name is not None}
+    names, found = [name.lower() for name in header], {}
+    for ours, theirs in _COLUMNS.items():
+        known = [name for name in theirs if name in names]
+        if known: found[ours] = names.index(known[0])
     has_quality = "accuracy" in found or "val_loss" in found
     is_curve = "step" in names or "epoch" in names
     return found if has_quality and "time_seconds" in found and not is_curve else None
 
 def is_grid(source:Source)->bool: return grid_columns(header_of(source)) is not None
 
-# %% ../../nbs/importing/13_grid.ipynb #cell-08
+# %% ../../nbs/importing/13_grid.ipynb #cell-09
 _UNKNOWN = ("", "unknown", "none", "null", "nan", "n/a")
 
 def known_cell(cell:str)->str|None:
@@ -68,7 +69,7 @@ def _cell_value(cell:str)->int|float|str:
     try: return plain_number(float(cell))
     except ValueError: return cell
 
-# %% ../../nbs/importing/13_grid.ipynb #cell-09
+# %% ../../nbs/importing/13_grid.ipynb #cell-10
 _LIMITS = {"accuracy": (0, 1), "accuracy_plain": (0, 1), "val_loss": (0, math.inf), "train_loss": (0, math.inf)}
 
 def grid_run(
@@ -84,18 +85,20 @@ def grid_run(
     seed = whole(row.get("seed"), "seed", place)
     known = dict(seed=seed, order=order, ended_at=timestamp(row.get("ended"), place), config=config)
     result = metrics.get("accuracy", metrics.get("val_loss"))
-    if result is None: return ImportedRun(place.line, "failed", {}, error="the row has no result", **known)
-    if not math.isfinite(result): return ImportedRun(place.line, "diverged", {}, error="the row has no result", **known)
-    memory = None if mib is None else int(mib * 2**20)
-    return ImportedRun(place.line, "completed", metrics, time_seconds=seconds, peak_memory_bytes=memory, **known)
+    if result is None or not math.isfinite(result):
+        status = "failed" if result is None else "diverged"
+        return ImportedRun(place.line, status, {}, error="the row has no result", **known)
+    if mib is not None: known["peak_memory_bytes"] = int(mib * 2**20)
+    return ImportedRun(place.line, "completed", metrics, time_seconds=seconds, **known)
 
-# %% ../../nbs/importing/13_grid.ipynb #cell-12
+# %% ../../nbs/importing/13_grid.ipynb #cell-13
 class GridKey(NamedTuple):
     "What a batch of a grid has in common; None where a table does not say."
     experiment:str|None
     commit:str|None
     host:str|None
 
+# %% ../../nbs/importing/13_grid.ipynb #cell-14
 @dataclass(frozen=True)
 class Grid:
     "A table of runs."
@@ -105,69 +108,98 @@ class Grid:
     columns:dict[str, int]   # our name -> where it is
     lines:list               # (line, cells) of each row
 
-    def row(self, cells:list[str])->dict[str, str]: return {ours: cells[i].strip() for ours, i in self.columns.items()}
+    def row(self, cells:list[str])->dict[str, str]:
+        "Our name of a column -> cell."
+        return {ours: cells[i].strip() for ours, i in self.columns.items()}
 
     def key(self, cells:list[str])->GridKey:
+        "The batch that a row belongs to."
         row = self.row(cells)
-        return GridKey(*(known_cell(row.get(part, "")) for part in ("experiment", "commit", "host")))
+        return GridKey(*(known_cell(row.get(part, "")) for part in GridKey._fields))
 
     def settings(self, cells:list[str])->dict:
         "Settings of a row, in our names."
-        known = {name: _cell_value(cell) for name, cell in zip(self.header, cells, strict=True) if known_cell(cell)}
+        written = dict(zip(self.header, cells, strict=True))
+        known = {name: _cell_value(cell) for name, cell in written.items() if known_cell(cell)}
         return self.study.log_settings | translate(known, self.study.log_names)
 
-# %% ../../nbs/importing/13_grid.ipynb #cell-13
+# %% ../../nbs/importing/13_grid.ipynb #cell-15
 def read_table(source:Source)->Grid:
     "The rows of a grid. Raises `SpeedrunError` with the line."
     header = header_of(source)
     columns = grid_columns(header)
+    study = load_study("cifar" if "accuracy" in columns else "gpt")
     rows = csv.reader(io.StringIO(source.text), strict=True)
     try: lines = [(rows.line_num, cells) for cells in rows if cells][1:]
     except csv.Error as error: raise source.at(rows.line_num).error(f"is not CSV: {error}") from None
     for line, cells in lines:
         if len(cells) != len(header):
             raise source.at(line).error(f"has {len(cells)} columns where the header has {len(header)}")
-    return Grid(source, load_study("cifar" if "accuracy" in columns else "gpt"), header, columns, lines)
-
-# %% ../../nbs/importing/13_grid.ipynb #cell-16
-def grid_notes(grid:Grid)->tuple[str, ...]:
-    "Columns that were not read, and a last line that may be cut off."
-    read, names, notes = grid.columns.values(), grid.study.log_names, []
-    left = [name for i, name in enumerate(grid.header) if i not in read and name not in names]
-    if left: notes.append(f"columns that were not read: {', '.join(left)}")
-    if not grid.source.text.endswith("\n"):
-        notes.append(f"line {grid.lines[-1][0]} does not end: its last number may have been cut off")
-    return tuple(notes)
-
-def grid_gpus(row:Mapping[str, str])->list[dict]:
-    "The GPUs that a row names."
-    name, count = known_cell(row.get("gpu", "")), row.get("count", "")
-    if name is None: return []
-    return [dict(name=name)] * (int(count) if re.fullmatch(r"[1-9]\d?", count) else 1)
-
-# %% ../../nbs/importing/13_grid.ipynb #cell-17
-def _told_apart(key:GridKey, keys:list[GridKey])->tuple[dict, str]:
-    "The setting and the part of a name that tell this batch from others of its experiment."
-    same = [other for other in keys if other.experiment == key.experiment]
-    commits, hosts = {other.commit for other in same}, {other.host for other in same}
-    setting = {"code.commit": (key.commit or "unknown")[:7]} if len(commits) > 1 else {}
-    parts = [*setting.values(), *([safe_name(key.host)] if len(hosts) > 1 else [])]
-    return setting, safe_name("-".join(parts)) if parts else ""
-
-def _grid_batch(grid:Grid, key:GridKey, runs:list[ImportedRun], gpus:list[dict], keys:list[GridKey])->ImportedBatch:
-    "The batch of one experiment, commit and host."
-    apart, part = _told_apart(key, keys)
-    runs = tuple(replace(run, config=run.config | apart) for run in runs)
-    same = all(run.config == runs[0].config for run in runs)
-    timed_by = grid.header[grid.columns["time_seconds"]]
-    return ImportedBatch(
-        source=grid.source, study=grid.study.name, variant=safe_name(key.experiment or grid.source.path.stem),
-        clock=None if timed_by == "total_time_seconds" else f"not stated (column {timed_by})",
-        config=runs[0].config if same else grid.study.log_settings, runs=runs,
-        facts=dict(git=git_facts(key.commit), gpus=gpus), notes=grid_notes(grid),
-        device="cuda" if gpus else None, host=safe_name(key.host) if key.host else None, part=part)
+    return Grid(source, study, header, columns, lines)
 
 # %% ../../nbs/importing/13_grid.ipynb #cell-18
+def grid_notes(grid:Grid)->tuple[str, ...]:
+    "Columns that were not read, and a last line that may be cut off."
+    notes, read = [], grid.columns.values()
+    others = [name for i, name in enumerate(grid.header) if i not in read]
+    unread = [name for name in others if name not in grid.study.log_names]
+    if unread: notes.append(f"columns that were not read: {', '.join(unread)}")
+    last, _ = grid.lines[-1]
+    if not grid.source.text.endswith("\n"):
+        notes.append(f"line {last} does not end: its last number may have been cut off")
+    return tuple(notes)
+
+# %% ../../nbs/importing/13_grid.ipynb #cell-19
+def grid_gpus(row:Mapping[str, str])->list[dict]:
+    "The GPUs that a row names."
+    name, written = known_cell(row.get("gpu", "")), row.get("count", "")
+    if name is None: return []
+    count = int(written) if re.fullmatch(r"[1-9]\d?", written) else 1
+    return [dict(name=name)] * count
+
+# %% ../../nbs/importing/13_grid.ipynb #cell-20
+def _told_apart(key:GridKey, keys:list[GridKey])->tuple[dict, str]:
+    "The setting and the part of a name that tell this batch from others of its experiment."
+    setting, parts = {}, []
+    same = [other for other in keys if other.experiment == key.experiment]
+    if len({other.commit for other in same}) > 1:
+        commit = (key.commit or "unknown")[:7]
+        setting["code.commit"] = commit
+        parts.append(commit)
+    if len({other.host for other in same}) > 1: parts.append(safe_name(key.host))
+    return setting, safe_name("-".join(parts)) if parts else ""
+
+# %% ../../nbs/importing/13_grid.ipynb #cell-21
+def _clock(grid:Grid)->str|None:
+    "What the times measure; None: what airbench's clock does, whose scripts write `total_time_seconds`."
+    timed_by = grid.header[grid.columns["time_seconds"]]
+    return None if timed_by == "total_time_seconds" else f"not stated (column {timed_by})"
+
+def _grid_batch(
+    grid:Grid,
+    key:GridKey,
+    runs:list[ImportedRun],
+    gpus:list[dict],
+    keys:list[GridKey],      # of all batches
+)->ImportedBatch:
+    "The batch of one experiment, commit and host."
+    setting, part = _told_apart(key, keys)
+    runs = tuple(replace(run, config=run.config | setting) for run in runs)
+    same = all(run.config == runs[0].config for run in runs)
+    return ImportedBatch(
+        source=grid.source,
+        study=grid.study.name,
+        variant=safe_name(key.experiment or grid.source.path.stem),
+        clock=_clock(grid),
+        config=runs[0].config if same else grid.study.log_settings,
+        runs=runs,
+        facts=dict(git=git_facts(key.commit), gpus=gpus),
+        notes=grid_notes(grid),
+        device="cuda" if gpus else None,
+        host=safe_name(key.host) if key.host else None,
+        part=part)
+
+# %% ../../nbs/importing/13_grid.ipynb #cell-22
 @reader("grid", "CSV with a run in each row: a quality and a time", is_grid, endings=(".csv",))
 def read_grid(source:Source)->list[ImportedBatch]:
     "The batches of a grid: one for each experiment, commit and host. Raises `SpeedrunError` with the line."
@@ -175,6 +207,7 @@ def read_grid(source:Source)->list[ImportedBatch]:
     runs, gpus = {}, {}
     for order, (line, cells) in enumerate(grid.lines):
         key, row = grid.key(cells), grid.row(cells)
-        runs.setdefault(key, []).append(grid_run(row, grid.settings(cells), order, source.at(line)))
+        run = grid_run(row, grid.settings(cells), order, source.at(line))
+        runs.setdefault(key, []).append(run)
         gpus.setdefault(key, grid_gpus(row))
     return [_grid_batch(grid, key, runs[key], gpus[key], list(runs)) for key in runs]

@@ -19,6 +19,7 @@ from .. import importing
 from ..core.errors import SpeedrunError, one_of
 from ..core.settings import read_yaml
 from ..core.study import from_root, load_study, study_names
+from ..core.words import count
 from speedrun_nb.importing.formats import (
     FORMATS,
     ImportedBatch,
@@ -42,12 +43,13 @@ def _members()->set[str]:
     "Names of files that are read as part of their folder."
     return {name for each in FORMATS.values() for name in each.members}
 
+# %% ../../nbs/importing/14_import.ipynb #cell-09
 def _may_hold_runs(file:str)->bool:
     "By its name, does a file deserve a look?"
     endings = {ending for each in FORMATS.values() for ending in each.endings}
     return not file.startswith(".") and Path(file).suffix.lower() in endings | set(_PICKLES)
 
-# %% ../../nbs/importing/14_import.ipynb #cell-09
+# %% ../../nbs/importing/14_import.ipynb #cell-10
 def _walk(top:Path)->Iterator[Source]:
     "What might hold runs below a folder. Links to folders and hidden folders are left out."
     for folder, inner, files in os.walk(top):
@@ -59,6 +61,7 @@ def _walk(top:Path)->Iterator[Source]:
         inner[:] = sorted(name for name in inner if not name.startswith(".") and name not in _SKIPPED)
         yield from (Source(here.path / file, f"{here.name}/{file}") for file in sorted(files) if _may_hold_runs(file))
 
+# %% ../../nbs/importing/14_import.ipynb #cell-11
 def find_sources(
     path:Path,  # a file, an experiment folder, or any folder above
 )->Iterator[Source]:
@@ -70,14 +73,16 @@ def find_sources(
         folder = Source(path.parent, path.parent.name)
         yield folder if path.name in _members() and find_format(folder) else Source(path, path.name)
 
-# %% ../../nbs/importing/14_import.ipynb #cell-12
+# %% ../../nbs/importing/14_import.ipynb #cell-14
 _LARGEST = 2**28  # bytes; no log is larger
 _PICKLE_REMEDY = (
-    "is a pickle, which can run code when it is loaded and is therefore never loaded here; convert it to JSON where you trust it: "
+    "is a pickle, which can run code when it is loaded and is therefore never loaded here; "
+    "convert it to JSON where you trust it: "
     "json.dump({k: v for k, v in torch.load(path).items() if k != 'code'}, file, default=lambda v: v.tolist())")
 
 def is_pickle(source:Source)->bool: return source.path.suffix.lower() in _PICKLES
 
+# %% ../../nbs/importing/14_import.ipynb #cell-15
 def read_source(
     source:Source,
     named:bool=False,       # is it what the user named?
@@ -92,7 +97,7 @@ def read_source(
     if source.path.suffix.lower() == ".json": parse_json(source.text, source.at(1))  # raises where it is damaged
     raise source.at().error(f"is in none of the formats that can be imported: {formats_in_words()}")
 
-# %% ../../nbs/importing/14_import.ipynb #cell-15
+# %% ../../nbs/importing/14_import.ipynb #cell-18
 @dataclass(frozen=True)
 class Rule:
     "What a map says of the paths that fit a pattern."
@@ -114,6 +119,7 @@ class Rule:
         "What it names."
         return {key: value for key, value in dataclasses.asdict(self).items() if key != "path" and value is not None}
 
+# %% ../../nbs/importing/14_import.ipynb #cell-19
 def rename(batch:ImportedBatch, rules:tuple[Rule, ...])->ImportedBatch:
     "The batch with what the rules say; the first rule that fits and says it decides."
     found = {}
@@ -121,22 +127,28 @@ def rename(batch:ImportedBatch, rules:tuple[Rule, ...])->ImportedBatch:
         if rule.fits(batch.source): found = rule.says | found
     return replace(batch, **found)
 
-# %% ../../nbs/importing/14_import.ipynb #cell-16
-_KEYS = [each.name for each in dataclasses.fields(Rule)]
+# %% ../../nbs/importing/14_import.ipynb #cell-20
+def _check_entry(entry:object, where:str)->None:
+    "Is an entry of a map a path and known keys?"
+    keys = [each.name for each in dataclasses.fields(Rule)]
+    if not isinstance(entry, dict): raise SpeedrunError(f"{where}: expected a path and what to call it")
+    for key in entry: one_of(key, keys, f"key ({where})")
+    path = entry.get("path")
+    if not isinstance(path, str) or not path: raise SpeedrunError(f"{where}: path is missing")
 
 def _read_rule(entry:object, where:str)->Rule:
     "Validate one entry of a map."
-    if not isinstance(entry, dict): raise SpeedrunError(f"{where}: expected a path and what to call it")
-    for key in entry: one_of(key, _KEYS, f"key ({where})")
-    if not isinstance(entry.get("path"), str) or not entry["path"]: raise SpeedrunError(f"{where}: path is missing")
-    if entry.get("study"): one_of(entry["study"], study_names(), f"study ({where})")
-    for key in ("variant", "host"):
-        if entry.get(key) is not None: check_name(entry[key], f"{where}: {key}")
-    repeat = entry.get("repeat")
-    if repeat is not None and (type(repeat) is not int or repeat < 0):
-        raise SpeedrunError(f"{where}: repeat: {repeat!r} is not a whole number from 0 up")
-    return Rule(**entry)
+    _check_entry(entry, where)
+    rule = Rule(**entry)
+    if rule.study: one_of(rule.study, study_names(), f"study ({where})")
+    if rule.variant is not None: check_name(rule.variant, f"{where}: variant")
+    if rule.host is not None: check_name(rule.host, f"{where}: host")
+    if rule.repeat is None: return rule
+    if type(rule.repeat) is not int or rule.repeat < 0:
+        raise SpeedrunError(f"{where}: repeat: {rule.repeat!r} is not a whole number from 0 up")
+    return rule
 
+# %% ../../nbs/importing/14_import.ipynb #cell-21
 def read_map(path:Path)->tuple[Rule, ...]:
     "Read a map. Raises `SpeedrunError` with the nearest valid name."
     data = read_yaml(path)
@@ -145,11 +157,11 @@ def read_map(path:Path)->tuple[Rule, ...]:
     if not isinstance(entries, list): raise SpeedrunError(f"{path}: runs: expected a list of entries with a path")
     return tuple(_read_rule(entry, f"{path}: entry {n}") for n, entry in enumerate(entries, 1))
 
-# %% ../../nbs/importing/14_import.ipynb #cell-19
+# %% ../../nbs/importing/14_import.ipynb #cell-24
 @dataclass(frozen=True)
 class ImportReport:
     "What an import did."
-    imported:list = field(default_factory=list)        # {batch, study, variant, host, runs, failed, format, source}: batches written
+    imported:list = field(default_factory=list)        # batches written, see `imported_row`
     already:list = field(default_factory=list)         # {batch, source}: batches that were there
     refused:list = field(default_factory=list)         # "path, line N: why"
     contradictions:list = field(default_factory=list)  # where a log contradicts a configuration
@@ -172,17 +184,17 @@ def imported_row(
         batch=folder, study=batch.study, variant=batch.variant, host=batch.host, runs=len(batch.runs), failed=failed,
         format=batch.format, source=batch.source.name)
 
-# %% ../../nbs/importing/14_import.ipynb #cell-21
+# %% ../../nbs/importing/14_import.ipynb #cell-26
 def _present_in(batch:ImportedBatch, there:dict[str, str])->str|None:
     "The folder that has the batch's runs already; None if it has none. Raises `SpeedrunError` if it has a part."
     have = {batch.run_id(run) for run in batch.runs} & there.keys()
     if not have: return None
     folder = there[min(have)]
-    if len(have) < len(batch.runs):
-        why = f"{len(have)} of {len(batch.runs)} runs of {batch.variant} are already in {folder}; remove that folder to import them again"
-        raise batch.source.at().error(why)
-    return folder
+    if len(have) == len(batch.runs): return folder
+    part = f"{len(have)} of {count(len(batch.runs))} of {batch.variant} are already in {folder}"
+    raise batch.source.at().error(f"{part}; remove that folder to import them again")
 
+# %% ../../nbs/importing/14_import.ipynb #cell-27
 def write_source(
     batches:list[ImportedBatch],  # of one source
     outputs:Path,
@@ -201,7 +213,7 @@ def write_source(
         written = write_batch(outputs, batch, studies[batch.study])
         report.imported.append(imported_row(batch, str(written.relative_to(outputs))))
 
-# %% ../../nbs/importing/14_import.ipynb #cell-22
+# %% ../../nbs/importing/14_import.ipynb #cell-28
 def named_batches(source:Source, named:bool, rules:tuple[Rule, ...])->list[ImportedBatch]:
     "The batches of a source under the names of the rules. Raises `SpeedrunError`."
     found = read_source(source, named)
@@ -212,17 +224,21 @@ def named_batches(source:Source, named:bool, rules:tuple[Rule, ...])->list[Impor
         raise source.at().error(why)
     return batches
 
+# %% ../../nbs/importing/14_import.ipynb #cell-29
 def contradictions_of(batch:ImportedBatch)->list[str]:
     "Sentences about settings in which log and configuration differ."
-    return [f"{each['where']}: {each['setting']} is {each['effective']}, though {each['claimed']} was asked for ({batch.variant})"
-            for each in batch.facts.get("contradictions", ())]
+    sentences = []
+    for each in batch.facts.get("contradictions", ()):
+        difference = f"{each['setting']} is {each['effective']}, though {each['claimed']} was asked for"
+        sentences.append(f"{each['where']}: {difference} ({batch.variant})")
+    return sentences
 
 def source_notes(source:Source, batches:list[ImportedBatch])->list[str]:
     "The notes of its batches, each once and with the source's name."
-    notes = dict.fromkeys(note for batch in batches for note in batch.notes)
+    notes = dict.fromkeys(note for batch in batches for note in batch.notes)  # each once
     return [note if note.startswith(source.name) else f"{source.name}: {note}" for note in notes]
 
-# %% ../../nbs/importing/14_import.ipynb #cell-23
+# %% ../../nbs/importing/14_import.ipynb #cell-30
 def import_source(
     source:Source,
     named:bool,                # is it what the user named?
@@ -246,27 +262,32 @@ def import_source(
     report.notes.extend(source_notes(source, batches))
     return batches
 
-# %% ../../nbs/importing/14_import.ipynb #cell-25
+# %% ../../nbs/importing/14_import.ipynb #cell-32
 def _find_rules(
     map_file:str|Path|None,
     given:Rule,              # what the user says of all runs
 )->tuple[Rule, ...]:
     "The user's words, then the map's entries. Raises `SpeedrunError` for names that are not valid."
     if given.study is not None: one_of(given.study, study_names(), "study")
-    for what in ("variant", "host"):
-        if (name := getattr(given, what)) is not None: check_name(name, what)
+    if given.variant is not None: check_name(given.variant, "variant")
+    if given.host is not None: check_name(given.host, "host")
     if not map_file: return (given,)
     path = Path(map_file).expanduser()
     return (given, *read_map(path if path.is_file() else from_root(path)))
 
+# %% ../../nbs/importing/14_import.ipynb #cell-33
 def _closing_notes(pickles:int, map_file:str|Path|None, idle:list[Rule])->list[str]:
     "Pickles that were left out, and entries of the map that fit nothing."
     notes = []
-    if pickles: notes.append(f"{pickles} pickles (log.pt) left out; they are never loaded. Import one by its name to see how to convert it")
-    if idle: notes.append(f"{map_file}: no source fits {', '.join(rule.path for rule in idle)}")
+    if pickles:
+        left_out = f"{count(pickles, 'pickle')} (log.pt) left out; pickles are never loaded"
+        notes.append(f"{left_out}. Import one by its name to see how to convert it")
+    if idle:
+        paths = ", ".join(rule.path for rule in idle)
+        notes.append(f"{map_file}: no source fits {paths}")
     return notes
 
-# %% ../../nbs/importing/14_import.ipynb #cell-26
+# %% ../../nbs/importing/14_import.ipynb #cell-34
 def import_runs(
     path:str|Path,               # a file, an experiment folder, or any folder above
     outputs:str|Path,            # the folder of collected runs
@@ -276,21 +297,27 @@ def import_runs(
     map_file:str|Path|None=None, # names by path, see `read_map`
     progress:Callable|None=None, # called with sources done, sources in all, name
 )->ImportReport:
-    "Import published runs. What is wrong with one source is in the report. Raises `SpeedrunError` if nothing can be imported, or a name or the map is not valid."
+    """Import published runs. What is wrong with one source is in the report.
+
+    Raises `SpeedrunError` if nothing can be imported, or a name or the map is not valid.
+    """
     path, outputs = Path(path).expanduser(), Path(outputs).expanduser()
     rules = _find_rules(map_file, Rule("*", study=study, variant=variant, host=host))
     sources, report = list(find_sources(path)), ImportReport()
-    named_paths, also_read, used, pickles = (path.resolve(), path.resolve().parent), set(), set(), 0
+    top = path.resolve()
+    also_read, used, pickles = set(), set(), 0
     for done, source in enumerate(sources, 1):
-        named = source.path in named_paths
+        named = source.path in (top, top.parent)
         if source.path in also_read: continue
         if is_pickle(source) and not named: pickles += not source.path.with_suffix(".json").exists()
         else:
             batches = import_source(source, named, rules, outputs, report)
-            also_read.update(file for batch in batches for file in batch.also_read)
-            used.update(rule for rule in rules for batch in batches if rule.fits(batch.source))
+            for batch in batches:
+                also_read.update(batch.also_read)
+                used.update(rule for rule in rules if rule.fits(batch.source))
         if progress: progress(done, len(sources), source.name)
-    report.notes.extend(_closing_notes(pickles, map_file, [rule for rule in rules[1:] if rule not in used]))
+    idle = [rule for rule in rules[1:] if rule not in used]
+    report.notes.extend(_closing_notes(pickles, map_file, idle))
     if not (report.imported or report.already or report.refused):
         raise SpeedrunError(f"{path}: there is nothing to import. Known formats: {formats_in_words()}")
     return report

@@ -23,21 +23,22 @@ from .formats import ImportedBatch, ImportedRun, Source
 # %% ../../nbs/importing/03_records.ipynb #cell-05
 PROFILE = "published"  # of all imported runs
 
+# %% ../../nbs/importing/03_records.ipynb #cell-06
 def imported_metrics(batch:ImportedBatch, run:ImportedRun, study:Study)->dict:
-    "name -> value for every metric of the study that is no field of a record. Raises `SpeedrunError` for any other metric."
+    "name -> value for the study's metrics, but for time and memory, which have fields of their own."
     unknown = sorted(set(run.metrics) - set(study.metrics))
     if unknown:
         known = ", ".join(study.metrics)
         raise batch.source.at().error(f"study {study.name} has no metric {', '.join(unknown)}; it has {known}")
     return {name: run.metrics.get(name) for name in study.metrics if name not in ("time_seconds", "peak_memory_bytes")}
 
-# %% ../../nbs/importing/03_records.ipynb #cell-07
+# %% ../../nbs/importing/03_records.ipynb #cell-08
 def imported_fingerprint(run:ImportedRun, metrics:dict, study:Study)->str|None:
     "The fingerprint of a completed run; None if its losses are not known."
     if not run.losses or run.status != "completed": return None
     return fingerprint(run.losses, {name: value for name, value in metrics.items() if study.metrics[name].quality})
 
-# %% ../../nbs/importing/03_records.ipynb #cell-08
+# %% ../../nbs/importing/03_records.ipynb #cell-09
 def make_import_record(
     batch:ImportedBatch,
     run:ImportedRun,
@@ -77,7 +78,7 @@ def make_import_record(
         fingerprint=imported_fingerprint(run, metrics, study),
         tokens=run.tokens)
 
-# %% ../../nbs/importing/03_records.ipynb #cell-11
+# %% ../../nbs/importing/03_records.ipynb #cell-12
 def git_facts(
     commit:str|None,
     dirty:bool|None=None,
@@ -85,25 +86,37 @@ def git_facts(
     "The state of the code: a log shows a commit at best, and whether it had changes."
     return dict(commit=commit, dirty=dirty, diff_hash=None)
 
+# %% ../../nbs/importing/03_records.ipynb #cell-13
+_UNKNOWN = ("package_hash", "python", "os", "cpu", "cuda", "code", "started_at", "ended_at", "expected_runs")
+
 def import_provenance(batch:ImportedBatch, study:Study)->dict:
     "What is known of where a batch comes from; what the log does not show is None."
-    unknown = dict.fromkeys(("package_hash", "python", "os", "cpu", "cuda", "code", "started_at", "ended_at", "expected_runs"))
     empty = dict(git=git_facts(None), packages={}, gpus=[], settings_claimed={}, contradictions=[])
-    source = dict(path=batch.source.name, sha256=batch.source.sha256, format=batch.format)
     known = dict(
-        status="imported", study=batch.study, profile=PROFILE, variant=batch.variant, host_id=batch.host,
-        clock=batch.clock or study.clock, config=batch.config, data={}, source=source, notes=list(batch.notes),
+        status="imported",
+        study=batch.study,
+        profile=PROFILE,
+        variant=batch.variant,
+        host_id=batch.host,
+        clock=batch.clock or study.clock,
+        config=batch.config,
+        data={},
+        source=dict(path=batch.source.name, sha256=batch.source.sha256, format=batch.format),
+        notes=list(batch.notes),
         imported_at=utc_now())
-    return unknown | empty | batch.facts | known
+    return dict.fromkeys(_UNKNOWN) | empty | batch.facts | known
 
-# %% ../../nbs/importing/03_records.ipynb #cell-14
+# %% ../../nbs/importing/03_records.ipynb #cell-16
 def _write_lines(path:Path, records:list[dict])->None:
     "Write records, one a line, and sync them to the disk."
     with open(path, "w", encoding="utf-8") as file:
-        for record in records: file.write(json.dumps(json_ready(record), allow_nan=False, ensure_ascii=False) + "\n")
+        for record in records:
+            line = json.dumps(json_ready(record), allow_nan=False, ensure_ascii=False)
+            file.write(line + "\n")
         file.flush()
         os.fsync(file.fileno())
 
+# %% ../../nbs/importing/03_records.ipynb #cell-17
 def write_batch(
     outputs:Path,
     batch:ImportedBatch,
@@ -123,7 +136,7 @@ def write_batch(
     finally: shutil.rmtree(part, ignore_errors=True)
     return folder
 
-# %% ../../nbs/importing/03_records.ipynb #cell-17
+# %% ../../nbs/importing/03_records.ipynb #cell-20
 def imported_ids(
     outputs:Path,
     source:Source,
@@ -132,5 +145,6 @@ def imported_ids(
     found = {}
     for path in sorted(Path(outputs).glob(f"*/{PROFILE}/*/{source.sha256[:16]}*/runs.jsonl")):
         folder = str(path.parent.relative_to(outputs))
-        for line in path.read_text(encoding="utf-8").splitlines(): found[json.loads(line)["run_id"]] = folder
+        for line in path.read_text(encoding="utf-8").splitlines():
+            found[json.loads(line)["run_id"]] = folder
     return found

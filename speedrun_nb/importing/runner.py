@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..core.words import count
 from .formats import ImportedRun, Place, Source, read_json_lines
 from .records import git_facts
 from .values import nested, timestamp, whole
@@ -42,6 +43,8 @@ _HEAD = re.compile(
 _VALUE = re.compile(
     r"(Module|Training script|Number of runs|Number of GPUs|"
     r"Effective augmentation config|Hyperparameters|Configuration): (.*)")
+_LOADED = re.compile(r"Loading and configuring (\w+)\.\.\.")
+_PROCESSES = re.compile(r"--nproc_per_node=(\d{1,6})")
 _STARTED = re.compile(r"Starting run (\d{1,9}) with seed (\d{1,18})")
 _COMPLETE = re.compile(r"Run (\d{1,9}) complete: (.*), seed=(\d{1,18})")
 _PROBLEMS = (
@@ -51,52 +54,63 @@ _PROBLEMS = (
 
 # %% ../../nbs/importing/05_runner.ipynb #cell-08
 def _read_value(log:ExperimentLog, message:str, line:int)->bool:
-    "Keep what a message says of the experiment; the first line with a value counts."
-    if found := _VALUE.match(message): name, value = found[1], found[2].strip()
-    elif found := re.match(r"Loading and configuring (\w+)\.\.\.", message): name, value = "Module", found[1]
-    elif found := re.search(r"--nproc_per_node=(\d{1,6})", message): name, value = "Processes", int(found[1])
+    "Keep what a message says of the experiment, if anything; the first line with a value counts."
+    said, loaded, processes = _VALUE.match(message), _LOADED.match(message), _PROCESSES.search(message)
+    if said: name, value = said[1], said[2].strip()
+    elif loaded: name, value = "Module", loaded[1]
+    elif processes: name, value = "Processes", int(processes[1])
     else: return False
     log.values.setdefault(name, (value, line))
     return True
 
+# %% ../../nbs/importing/05_runner.ipynb #cell-09
 def _read_result(log:ExperimentLog, found:re.Match, line:int, time:str)->None:
     "Keep the line of a run that ended well: accuracy=0.9401, time=4.38s."
-    numbers = {key: float(value) for key, value in re.findall(r"(\w+)=(nan|\d+\.?\d*)", found[2])}
-    log.done[int(found[1]), int(found[3])] = numbers | dict(ended_at=time, line=line)
+    results = re.findall(r"(\w+)=(nan|\d+\.?\d*)", found[2])
+    key = int(found[1]), int(found[3])
+    log.done[key] = {name: float(value) for name, value in results}
+    log.done[key] |= dict(ended_at=time, line=line)
 
 def _read_problem(log:ExperimentLog, found:re.Match, line:int, time:str)->None:
     "Keep what went wrong in a run; its seed is that of its latest start."
     number = int(found["run"])
     started = [(at, seed) for (run, seed), (_, at) in log.starts.items() if run == number]
-    log.problems[number, max(started)[1] if started else None] = found["why"], line, time
+    seed = max(started)[1] if started else None
+    log.problems[number, seed] = found["why"], line, time
 
-# %% ../../nbs/importing/05_runner.ipynb #cell-09
+# %% ../../nbs/importing/05_runner.ipynb #cell-10
 def _read_message(log:ExperimentLog, message:str, line:int, time:str)->None:
     "Keep what one line says."
-    if found := _STARTED.match(message): log.starts[int(found[1]), int(found[2])] = time, line
-    elif found := _COMPLETE.match(message): _read_result(log, found, line, time)
+    if started := _STARTED.match(message):
+        key = int(started[1]), int(started[2])
+        log.starts[key] = time, line
+    if complete := _COMPLETE.match(message):
+        _read_result(log, complete, line, time)
     for pattern in _PROBLEMS:
-        if found := pattern.match(message): _read_problem(log, found, line, time)
+        if problem := pattern.match(message): _read_problem(log, problem, line, time)
 
+# %% ../../nbs/importing/05_runner.ipynb #cell-11
 def read_experiment_log(source:Source)->ExperimentLog:
     "Read experiment.log."
-    log = ExperimentLog(source, header=dict(_HEAD.findall(source.text[:4000])))
+    head = source.text[:4000]
+    log = ExperimentLog(source, header=dict(_HEAD.findall(head)))
     for line, text in enumerate(source.text.split("\n"), 1):
         found = _LINE.match(text)
         if not found or _read_value(log, found[2], line): continue
         _read_message(log, found[2], line, timestamp(found[1], source.at(line)))
     return log
 
-# %% ../../nbs/importing/05_runner.ipynb #cell-12
+# %% ../../nbs/importing/05_runner.ipynb #cell-14
 def logged_config(log:ExperimentLog)->dict:
     "The configuration that the log repeats; empty if it does not. Raises `SpeedrunError` with the line."
-    word, line = log.values.get("Hyperparameters") or log.values.get("Configuration") or ("", 0)
+    nothing = ("", 0)
+    word, line = log.values.get("Hyperparameters") or log.values.get("Configuration") or nothing
     if not word.startswith("{"): return {}
     text = "\n".join(log.source.text.split("\n")[line - 1:])
     try: return json.JSONDecoder().raw_decode(text, text.index("{"))[0]
     except ValueError as error: raise log.source.at(line).error(f"the configuration is not JSON: {error}") from None
 
-# %% ../../nbs/importing/05_runner.ipynb #cell-15
+# %% ../../nbs/importing/05_runner.ipynb #cell-17
 @dataclass(frozen=True)
 class Experiment:
     "An experiment folder."
@@ -129,15 +143,17 @@ class Experiment:
 
     def at(self, line:int)->str: return str(self.log.source.at(line))
 
-# %% ../../nbs/importing/05_runner.ipynb #cell-16
+# %% ../../nbs/importing/05_runner.ipynb #cell-18
 MEMBERS = ("results.jsonl", "experiment.log", "hyperparameters.json", "config.json", "summary.json", "metrics.jsonl")
 
+# %% ../../nbs/importing/05_runner.ipynb #cell-19
 def _configuration(there:dict[str, Source], log:ExperimentLog|None)->tuple[dict, str|None]:
     "The configuration that was asked for, and the file that holds it."
     for name in ("hyperparameters.json", "config.json"):
         if name in there: return there[name].json, there[name].name
     return (logged_config(log), log.source.name) if log else ({}, None)
 
+# %% ../../nbs/importing/05_runner.ipynb #cell-20
 def read_experiment(
     folder:Source,   # the folder, not yet a file
 )->Experiment:
@@ -148,40 +164,55 @@ def read_experiment(
     config, config_name = _configuration(there, log)
     rows = read_json_lines(there["results.jsonl"]) if "results.jsonl" in there else []
     return Experiment(
-        folder.path, source=named["results.jsonl" if rows else "experiment.log"], log=log,
-        config=config, config_name=config_name, rows=rows,
+        folder=folder.path,
+        source=named["results.jsonl" if rows else "experiment.log"],
+        log=log,
+        config=config,
+        config_name=config_name,
+        rows=rows,
         summary=there["summary.json"].json if "summary.json" in there else {})
 
-# %% ../../nbs/importing/05_runner.ipynb #cell-19
+# %% ../../nbs/importing/05_runner.ipynb #cell-23
 def _gpu_names(gpu:Mapping, head:Mapping)->list[str]:
     "Names of the GPUs, of a summary's `gpu_info` or the head of a log."
-    devices = gpu.get("devices") if isinstance(gpu.get("devices"), list) else []
-    named = [str(device["name"]) for device in devices if nested(device).get("name")]
-    logged = [re.sub(r" \([\d.]+ GB\)$", "", value) for key, value in head.items() if key.startswith("Device ")]
-    return named or logged
+    devices = gpu.get("devices")
+    if not isinstance(devices, list): devices = []
+    named = [nested(device).get("name") for device in devices]
+    logged = [value for key, value in head.items() if key.startswith("Device ")]
+    without_size = [re.sub(r" \([\d.]+ GB\)$", "", value) for value in logged]
+    return [str(name) for name in named if name] or without_size
 
+# %% ../../nbs/importing/05_runner.ipynb #cell-24
 def _expected_runs(experiment:Experiment)->int|None:
     "How many runs were asked for."
     asked, line = experiment.logged("Number of runs")
     if asked is None: asked = nested(experiment.summary, "additional_info").get("n_runs")
     return whole(asked, "number of runs", experiment.source.at(line))
 
+# %% ../../nbs/importing/05_runner.ipynb #cell-25
 def _started_and_ended(experiment:Experiment, head:Mapping)->dict:
     "When the experiment ran. A summary that was made later, on another clock, may seem to end before the start."
     place = Place(experiment.shown)
-    started, ended = timestamp(head.get("Start Time"), place), timestamp(experiment.summary.get("end_time"), place)
+    started = timestamp(head.get("Start Time"), place)
+    ended = timestamp(experiment.summary.get("end_time"), place)
     if started and ended and ended < started: ended = None
     return dict(started_at=started, ended_at=ended)
 
-# %% ../../nbs/importing/05_runner.ipynb #cell-20
+# %% ../../nbs/importing/05_runner.ipynb #cell-26
+def _git(summary:Mapping, head:Mapping)->dict:
+    "The state of the code."
+    logged = {"True": True, "False": False}.get(head.get("Dirty"))
+    known = git_facts(summary.get("commit") or head.get("Commit"), summary.get("dirty", logged))
+    return known | dict(diff=summary.get("diff"))
+
 def machine_facts(experiment:Experiment)->dict:
     "Code, machine and duration, for provenance.json."
     head = experiment.log.header if experiment.log else {}
-    git, gpu, system = (nested(experiment.summary, key) for key in ("git_info", "gpu_info", "system_info"))
-    logged_dirty = {"True": True, "False": False}.get(head.get("Dirty"))
-    torch, python = gpu.get("pytorch_version") or head.get("PyTorch"), system.get("python_version")
+    gpu, system = nested(experiment.summary, "gpu_info"), nested(experiment.summary, "system_info")
+    torch = gpu.get("pytorch_version") or head.get("PyTorch")
+    python = system.get("python_version")
     return dict(
-        git=git_facts(git.get("commit") or head.get("Commit"), git.get("dirty", logged_dirty)) | dict(diff=git.get("diff")),
+        git=_git(nested(experiment.summary, "git_info"), head),
         gpus=[dict(name=name) for name in _gpu_names(gpu, head)],
         packages=dict(torch=torch) if torch else {},
         cuda=gpu.get("cuda_version") or head.get("CUDA Version"),
@@ -190,28 +221,35 @@ def machine_facts(experiment:Experiment)->dict:
         expected_runs=_expected_runs(experiment),
         **_started_and_ended(experiment, head))
 
-# %% ../../nbs/importing/05_runner.ipynb #cell-23
+# %% ../../nbs/importing/05_runner.ipynb #cell-29
 def row_key(row:Mapping, place:Place)->tuple[int|None, int|None]:
     "Which run a row is of: its number and its seed."
     return whole(row.get("run_id"), "run_id", place), whole(row.get("seed"), "seed", place)
 
 def run_label(key:tuple)->str: return f"run {key[0]} seed {key[1]}"
 
+# %% ../../nbs/importing/05_runner.ipynb #cell-30
+_FOLDER = re.compile(r"run_(\d{1,9})_seed_(\d{1,18})")
+
 def _run_folders(folder:Path)->list[tuple[int, int]]:
     "Number and seed of each run that has a folder."
-    matches = [re.fullmatch(r"run_(\d{1,9})_seed_(\d{1,18})", path.name) for path in sorted(folder.glob("runs/run_*_seed_*"))]
+    paths = sorted(folder.glob("runs/run_*_seed_*"))
+    matches = [_FOLDER.fullmatch(path.name) for path in paths]
     return [(int(found[1]), int(found[2])) for found in matches if found]
 
-# %% ../../nbs/importing/05_runner.ipynb #cell-24
+# %% ../../nbs/importing/05_runner.ipynb #cell-31
 def _failed_starts(experiment:Experiment)->dict[tuple, dict]:
     "Runs that the log starts and does not end well: (number, seed) -> {error, started_at, ended_at}."
     log, found = experiment.log, {}
-    for key, (time, line) in (log.starts.items() if log else ()):
+    if not log: return {}
+    for key, (time, line) in log.starts.items():
         if key in log.done: continue
-        why, at, ended = log.problems.get(key, ("no result was recorded", line, None))
+        unexplained = ("no result was recorded", line, None)
+        why, at, ended = log.problems.get(key, unexplained)
         found[key] = dict(error=f"{why} ({log.source.at(at)})", started_at=time, ended_at=ended)
     return found
 
+# %% ../../nbs/importing/05_runner.ipynb #cell-32
 def missing_runs(
     experiment:Experiment,
     have:set,                  # (number, seed) of the rows
@@ -219,48 +257,56 @@ def missing_runs(
     "Runs that were started and have no row."
     no_row = dict(error="its folder has no row in results.jsonl", started_at=None, ended_at=None)
     known = dict.fromkeys(_run_folders(experiment.folder), no_row) | _failed_starts(experiment)
-    done = experiment.log.done if experiment.log else {}
-    return {key: value for key, value in known.items() if key not in have and key not in done}
+    ended_well = set(experiment.log.done) if experiment.log else set()
+    return {key: value for key, value in known.items() if key not in have | ended_well}
 
-# %% ../../nbs/importing/05_runner.ipynb #cell-27
+# %% ../../nbs/importing/05_runner.ipynb #cell-35
 def logged_rows(
     experiment:Experiment,
     metrics:Mapping[str, str],     # the log's word for a metric -> the column of results.jsonl
 )->list[tuple[str, dict]]:         # label of the run, row
     "Rows from the log."
     rows = []
-    for (run, seed), done in (experiment.log.done.items() if experiment.log else ()):
+    if not experiment.log: return []
+    for (run, seed), done in experiment.log.done.items():
         row = dict(run_id=run, seed=seed, success=True, timestamp=done["ended_at"], time_seconds=done.get("time"))
-        results = {column: done[word] for word, column in metrics.items() if word in done}
-        rows.append((run_label((run, seed)), row | results))
+        row |= {column: done[word] for word, column in metrics.items() if word in done}
+        rows.append((run_label((run, seed)), row))
     return rows
 
+# %% ../../nbs/importing/05_runner.ipynb #cell-36
 def row_place(experiment:Experiment, line:int|str)->Place:
     "Where a row is: a line of results.jsonl, or the log as a whole."
     return experiment.source.at(line if isinstance(line, int) else None)
 
-# %% ../../nbs/importing/05_runner.ipynb #cell-29
+# %% ../../nbs/importing/05_runner.ipynb #cell-38
 def with_order(runs:list[ImportedRun])->tuple[ImportedRun, ...]:
     "Number runs in the order in which they started; as listed if that is not known of all."
     if all(run.started_at for run in runs): runs = sorted(runs, key=lambda run: run.started_at)
     return tuple(replace(run, order=i) for i, run in enumerate(runs))
 
-# %% ../../nbs/importing/05_runner.ipynb #cell-32
-def _some_runs(keys:Iterable[tuple])->str: return ", ".join(run_label(key) for key in sorted(keys)[:5])
+# %% ../../nbs/importing/05_runner.ipynb #cell-41
+def _some_runs(keys:Iterable[tuple])->str:
+    "The first five."
+    return ", ".join(run_label(key) for key in sorted(keys)[:5])
 
 def _count_notes(experiment:Experiment)->list[str]:
     "Runs that only the log or only results.jsonl knows."
     log, notes = experiment.log, []
-    if not experiment.rows: return ["results.jsonl is missing; the runs are read from the log, with the digits that it prints"]
+    if not experiment.rows:
+        return ["results.jsonl is missing; the runs are read from the log, with the digits that it prints"]
     if not log: return []
     have = {row_key(row, Place()) for _, row in experiment.rows}
-    if lost := log.done.keys() - have:
-        notes.append(f"the log reports {len(lost)} completed that results.jsonl lacks: {_some_runs(lost)}")
-    if log.starts and (added := have - log.starts.keys()):
-        notes.append(f"the log shows no start of {len(added)} in results.jsonl: {_some_runs(added)}")
+    lost = log.done.keys() - have
+    if lost:
+        completed = count(len(lost), "completed run")
+        notes.append(f"the log reports {completed} that results.jsonl lacks: {_some_runs(lost)}")
+    added = have - log.starts.keys()
+    if log.starts and added:
+        notes.append(f"the log shows no start of {count(len(added))} in results.jsonl: {_some_runs(added)}")
     return notes
 
-# %% ../../nbs/importing/05_runner.ipynb #cell-33
+# %% ../../nbs/importing/05_runner.ipynb #cell-42
 def row_notes(
     experiment:Experiment,
     metric:str,
@@ -268,7 +314,10 @@ def row_notes(
 )->list[str]:
     "Where rows, log and summary do not agree about how many runs there were and how well they did."
     notes = _count_notes(experiment)
-    known, said = [value for value in values if value is not None], nested(experiment.summary, "statistics", metric).get("mean")
-    if known and isinstance(said, (int, float)) and not math.isclose(np.mean(known), said, rel_tol=1e-9):
-        notes.append(f"summary.json says a mean {metric} of {said:.6g}; the rows have {np.mean(known):.6g}")
+    known = [value for value in values if value is not None]
+    said = nested(experiment.summary, "statistics", metric).get("mean")
+    if not known or not isinstance(said, (int, float)): return notes
+    mean = np.mean(known)
+    if not math.isclose(mean, said, rel_tol=1e-9):
+        notes.append(f"summary.json says a mean {metric} of {said:.6g}; the rows have {mean:.6g}")
     return notes

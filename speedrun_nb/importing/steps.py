@@ -10,9 +10,11 @@ __all__ = ['LossSeries', 'Steps', 'has_steps', 'clock_start', 'compiler_fallback
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import numpy as np
 
+from ..core.records import FINGERPRINT_LOSSES
 from .formats import ImportedRun, Source
 
 # %% ../../nbs/importing/04_steps.ipynb #cell-05
@@ -26,6 +28,11 @@ class LossSeries:
 # %% ../../nbs/importing/04_steps.ipynb #cell-06
 def _none()->np.ndarray: return np.empty(0)
 
+def _series(rows:np.ndarray)->LossSeries:
+    "Of (n, 4) rows: step, loss, ms, sequence length."
+    return LossSeries(rows[:, 0].astype(int), rows[:, 1], rows[:, 2])
+
+# %% ../../nbs/importing/04_steps.ipynb #cell-07
 @dataclass(frozen=True, kw_only=True)
 class Steps:
     "What a training script printed of one run."
@@ -44,7 +51,7 @@ class Steps:
     @property
     def last(self)->int: return int(max([*self.train.step[-1:], *self.val.step[-1:]], default=0))
 
-# %% ../../nbs/importing/04_steps.ipynb #cell-08
+# %% ../../nbs/importing/04_steps.ipynb #cell-09
 _STEP = re.compile(
     r"step:(?P<step>\d{1,9})/(?P<total>\d{1,9}) (?P<kind>train|val)_loss:(?P<loss>\S+) "
     r"train_time:(?P<ms>[\d.]+)ms(?: step_avg:\S+?ms)?(?: T_curr:(?P<length>\d{1,9}))?")
@@ -53,30 +60,35 @@ def has_steps(source:Source)->bool:
     "Does a text hold step lines?"
     return bool(_STEP.search(source.text))
 
+# %% ../../nbs/importing/04_steps.ipynb #cell-10
 def _loss_and_time(source:Source, match:re.Match)->tuple[float, float]:
     try: return float(match["loss"]), float(match["ms"])
     except ValueError:
         why = f"{match[0][:80]!r} holds something that is not a number"
         raise source.at_character(match.start()).error(why) from None
 
-# %% ../../nbs/importing/04_steps.ipynb #cell-09
+# %% ../../nbs/importing/04_steps.ipynb #cell-11
 def _parse_lines(
     source:Source,
     matches:list[re.Match],
 )->dict[str, np.ndarray]:    # "train", "val" -> (n, 4): step, loss, ms, sequence length
     "The numbers of step lines. Raises `SpeedrunError` with the line."
-    total, rows, last = matches[0]["total"], {"train": [], "val": []}, {"train": -1, "val": -1}
+    total = matches[0]["total"]
+    rows = {"train": [], "val": []}
+    last = {"train": -1, "val": -1}
     for match in matches:
         step, kind = int(match["step"]), match["kind"]
         loss, ms = _loss_and_time(source, match)
-        if match["total"] != total or not last[kind] < step <= int(total):
+        in_order = last[kind] < step <= int(total)
+        if match["total"] != total or not in_order:
             why = f"step {step} of {match['total']} follows step {max(last.values())} of {total}: two logs in one file?"
             raise source.at_character(match.start()).error(why)
         last[kind] = step
-        rows[kind].append((step, loss, ms, int(match["length"] or 0)))
+        length = int(match["length"] or 0)
+        rows[kind].append((step, loss, ms, length))
     return {kind: np.array(values, dtype=float).reshape(-1, 4) for kind, values in rows.items()}
 
-# %% ../../nbs/importing/04_steps.ipynb #cell-11
+# %% ../../nbs/importing/04_steps.ipynb #cell-13
 def clock_start(
     steps:np.ndarray,  # (n,) in the order of the log
     ms:np.ndarray,     # (n,) the clock at each
@@ -86,34 +98,40 @@ def clock_start(
     if len(resets): return int(steps[resets[-1]])
     return 0 if np.any((steps >= 1) & (steps <= 10)) else 10
 
-# %% ../../nbs/importing/04_steps.ipynb #cell-14
+# %% ../../nbs/importing/04_steps.ipynb #cell-16
 _SLOW = re.compile(
     r"^.*?(torch\._dynamo hit config\.\w+_limit \(\d+\)|WON'T CONVERT|[Ff]alling back to eager).*$", re.MULTILINE)
 _FUNCTION = re.compile(r"function: '(\w+)' \((?:\S*/)?(\S+?)\)")
 
 def _slow_words(source:Source, found:re.Match, steps:list[re.Match])->str:
-    step = max((int(match["step"]) for match in steps if match.start() < found.start()), default=0)
+    "Where the compiler gave up, and what: stdout.log, line 44: after step 40: torch._dynamo hit ..."
+    place = source.at_character(found.start())
+    before = [int(match["step"]) for match in steps if match.start() < found.start()]
     function = _FUNCTION.search(source.text, found.end(), found.end() + 400)
     named = f" in '{function[1]}' ({function[2]})" if function else ""
-    return f"{source.at_character(found.start())}: after step {step}: {found[1]}{named}"
+    return f"{place}: after step {max(before, default=0)}: {found[1]}{named}"
 
+# %% ../../nbs/importing/04_steps.ipynb #cell-17
 def compiler_fallbacks(source:Source, steps:list[re.Match])->tuple[str, ...]:
     "Where the compiler gave up: the first place of each kind."
     first = {}
-    for found in _SLOW.finditer(source.text): first.setdefault(found[1], found)
+    for found in _SLOW.finditer(source.text):
+        first.setdefault(found[1], found)
     return tuple(_slow_words(source, found, steps) for found in first.values())
 
-# %% ../../nbs/importing/04_steps.ipynb #cell-15
+# %% ../../nbs/importing/04_steps.ipynb #cell-18
 def _check_lines(source:Source)->None:
     "Refuse a step line that cannot be read. The last line of a log may be cut off."
     for number, line in enumerate(source.text.split("\n")[:-1], 1):
         if line.startswith("step:") and "loss" in line and not _STEP.match(line):
             raise source.at(number).error(f"{line[:80]!r} is not a step line")
 
+# %% ../../nbs/importing/04_steps.ipynb #cell-19
 def _number_after(pattern:str, text:str)->int|None:
     found = re.search(pattern, text)
     return int(found[1]) if found else None
 
+# %% ../../nbs/importing/04_steps.ipynb #cell-21
 def read_steps(
     source:Source,     # a text log, or what a script printed
     strict:bool=False, # refuse step lines that cannot be read; output of several processes may have torn lines
@@ -123,55 +141,73 @@ def read_steps(
     if not matches: return None
     if strict: _check_lines(source)
     rows = _parse_lines(source, matches)
-    train, val = (LossSeries(each[:, 0].astype(int), each[:, 1], each[:, 2]) for each in rows.values())
     lengths = rows["train"][:, 3]
-    read_at = np.array([int(match["step"]) for match in matches])
-    clock = np.array([float(match["ms"]) for match in matches])
+    clock = np.array([(int(match["step"]), float(match["ms"])) for match in matches])
     return Steps(
-        total=int(matches[0]["total"]), train=train, val=val, start=clock_start(read_at, clock),
+        total=int(matches[0]["total"]),
+        train=_series(rows["train"]),
+        val=_series(rows["val"]),
+        start=clock_start(clock[:, 0], clock[:, 1]),
         lengths=lengths if lengths.any() else _none(),
         peak_mib=_number_after(r"peak memory consumption: (\d{1,9}) MiB", source.text),
         data_tokens=_number_after(r"Training DataLoader: total number of tokens: (\d{1,18})", source.text),
         slow=compiler_fallbacks(source, matches))
 
-# %% ../../nbs/importing/04_steps.ipynb #cell-19
+# %% ../../nbs/importing/04_steps.ipynb #cell-25
 def step_times(steps:Steps)->tuple[np.ndarray, np.ndarray]:
     "(k,) steps and (k,) milliseconds a step up to there, from the lines where the clock was read most often."
     read = steps.train if len(steps.train.ms) > 1 else steps.val
     timed = read.step > steps.start
-    at, ms = np.r_[steps.start, read.step[timed]], np.r_[0.0, read.ms[timed]]
-    return at[1:], np.diff(ms) / np.maximum(np.diff(at), 1)
+    at = np.concatenate([[steps.start], read.step[timed]])
+    ms = np.concatenate([[0.0], read.ms[timed]])
+    made = np.maximum(np.diff(at), 1)
+    return at[1:], np.diff(ms) / made
 
-# %% ../../nbs/importing/04_steps.ipynb #cell-22
-def _median(values:np.ndarray)->float|None: return float(np.median(values)) if len(values) else None
+# %% ../../nbs/importing/04_steps.ipynb #cell-28
+def _median(values:np.ndarray)->float|None:
+    "None if there are none."
+    return float(np.median(values)) if len(values) else None
 
+def _train_losses(steps:Steps)->list[float|None]:
+    "The last training loss up to each validation."
+    last = np.searchsorted(steps.train.step, steps.val.step, side="right") - 1
+    return [float(steps.train.loss[i]) if i >= 0 else None for i in last]
+
+def _median_times(steps:Steps)->list[float|None]:
+    "The median time of a step since the validation before, for each validation."
+    at, ms = step_times(steps)
+    ends = np.searchsorted(at, steps.val.step, side="right")
+    return [_median(ms[start:end]) for start, end in pairwise([0, *ends])]
+
+# %% ../../nbs/importing/04_steps.ipynb #cell-29
 def curve_of(steps:Steps)->dict:
     "{step, val_loss, train_loss, time_seconds, step_ms}: a list each, with an entry for each validation."
-    at, ms = step_times(steps)
-    last = np.searchsorted(steps.train.step, steps.val.step, side="right") - 1
-    edges = np.searchsorted(at, np.r_[-1, steps.val.step], side="right")
     clock = np.where(steps.val.step > steps.start, steps.val.ms / 1000, 0.0)
     return dict(
         step=steps.val.step.tolist(),
         val_loss=steps.val.loss.tolist(),
-        train_loss=[float(steps.train.loss[i]) if i >= 0 else None for i in last],
+        train_loss=_train_losses(steps),
         time_seconds=clock.tolist(),
-        step_ms=[_median(ms[a:b]) for a, b in zip(edges[:-1], edges[1:], strict=True)])
+        step_ms=_median_times(steps))
 
-# %% ../../nbs/importing/04_steps.ipynb #cell-25
+# %% ../../nbs/importing/04_steps.ipynb #cell-32
 def outcome(steps:Steps)->tuple[str, str|None]:
     "How a run ended: its status, and the error if it was not completed."
-    last = [series.loss[-1] for series in (steps.train, steps.val) if len(series.loss)]
+    last = [*steps.train.loss[-1:], *steps.val.loss[-1:]]
     if not np.isfinite(last).all(): return "diverged", "a loss is not finite"
     if steps.finished: return "completed", None
     return "failed", f"the log ends at step {steps.last} of {steps.total}, without a final validation"
 
+# %% ../../nbs/importing/04_steps.ipynb #cell-33
 def final_metrics(steps:Steps)->dict:
     "The last losses, and the median time of a step."
-    train_loss = float(steps.train.loss[-1]) if len(steps.train.loss) else None
-    return dict(val_loss=float(steps.val.loss[-1]), train_loss=train_loss, step_ms=_median(step_times(steps)[1]))
+    _, ms = step_times(steps)
+    return dict(
+        val_loss=float(steps.val.loss[-1]),
+        train_loss=float(steps.train.loss[-1]) if len(steps.train.loss) else None,
+        step_ms=_median(ms))
 
-# %% ../../nbs/importing/04_steps.ipynb #cell-26
+# %% ../../nbs/importing/04_steps.ipynb #cell-34
 def token_counts(
     steps:Steps,
     config:Mapping,  # settings in effect: batch size and sequence length
@@ -184,7 +220,7 @@ def token_counts(
         elif isinstance(length, int) and length: trained = steps.last * batch * length
     return dict(trained=trained, unique=steps.data_tokens) if trained or steps.data_tokens else None
 
-# %% ../../nbs/importing/04_steps.ipynb #cell-27
+# %% ../../nbs/importing/04_steps.ipynb #cell-35
 def run_of_steps(
     steps:Steps,
     row:int|str,        # of the run, see `ImportedRun`
@@ -196,16 +232,23 @@ def run_of_steps(
     done = status == "completed"
     timed = done and steps.total > steps.start and steps.val.ms[-1] > 0
     run = ImportedRun(
-        row, status, final_metrics(steps) if done else {}, error=error,
+        row,
+        status,
+        metrics=final_metrics(steps) if done else {},
+        error=error,
         time_seconds=steps.val.ms[-1] / 1000 if timed else None,
-        curve=curve_of(steps), losses=tuple(steps.train.loss[:20].tolist()),
-        peak_memory_bytes=steps.peak_mib and steps.peak_mib * 2**20, tokens=token_counts(steps, config))
+        curve=curve_of(steps),
+        losses=tuple(steps.train.loss[:FINGERPRINT_LOSSES].tolist()),
+        peak_memory_bytes=steps.peak_mib and steps.peak_mib * 2**20,
+        tokens=token_counts(steps, config))
     return replace(run, **known)
 
-# %% ../../nbs/importing/04_steps.ipynb #cell-30
+# %% ../../nbs/importing/04_steps.ipynb #cell-38
 def shown_settings(steps:Steps|None)->dict:
     "How many steps the script was to make, and how often it validated."
     if steps is None: return {}
     shown = {"train.iterations": steps.total}
-    if len(steps.val.step) > 2: shown["evaluation.every"] = int(steps.val.step[1] - steps.val.step[0])
+    if len(steps.val.step) > 2:
+        first, second = steps.val.step[:2]
+        shown["evaluation.every"] = int(second - first)
     return shown

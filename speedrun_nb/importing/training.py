@@ -26,11 +26,12 @@ def _line_of_item(source:Source, key:str, index:int, value:object)->Place:
     "The line of one number of a list, if it stands alone there; else the line of the key."
     start = source.at_key(key)
     if start.line is None: return start
-    lines = source.text.split("\n")
-    own = start.line + index                 # counted from 0: the line after the key's holds the first number
-    alone = own < len(lines) and lines[own].strip().rstrip(",") == json.dumps(value)
-    return source.at(own + 1) if alone else start
+    after_key = source.text.split("\n")[start.line:]
+    if index >= len(after_key): return start
+    alone = after_key[index].strip().rstrip(",") == json.dumps(value)
+    return source.at(start.line + index + 1) if alone else start
 
+# %% ../../nbs/importing/11_training.ipynb #cell-06
 def json_numbers(
     source:Source,
     key:str,
@@ -43,54 +44,68 @@ def json_numbers(
     if not isinstance(values, list): raise start.error(f"{key} is not a list")
     for i, value in enumerate(values):
         try: checked.append(number(value, key, start, low, high))
-        except SpeedrunError: number(value, f"{key}[{i}]", _line_of_item(source, key, i, value), low, high)
+        except SpeedrunError:
+            place = _line_of_item(source, key, i, value)
+            number(value, f"{key}[{i}]", place, low, high)  # raises with this line
     return checked
 
-# %% ../../nbs/importing/11_training.ipynb #cell-08
+# %% ../../nbs/importing/11_training.ipynb #cell-09
+_SERIES = ("train_losses", "val_losses", "train_times_ms", "steps")
+
+def _series(source:Source, logged:Mapping, key:str)->np.ndarray:
+    numbers = json_numbers(source, key, logged.get(key, []))
+    return np.array(numbers, dtype=float)
+
 def training_steps(source:Source)->Steps|None:
     "The steps of a training log in JSON; None if it broke off before the first. Raises `SpeedrunError` with the line."
     logged = source.json.get("training_data")
     total = nested(source.json, "hyperparameters").get("num_iterations")
     total = whole(total, "num_iterations", source.at_key("num_iterations"))
     if not isinstance(logged, Mapping) or not total: return None
-    keys = ("train_losses", "val_losses", "train_times_ms", "steps")
-    train, val, ms, at = (np.array(json_numbers(source, key, logged.get(key, [])), dtype=float) for key in keys)
+    train, val, ms, at = (_series(source, logged, key) for key in _SERIES)
     if not len(val) == len(ms) == len(at):
         why = f"there are {len(at)} steps, {len(val)} val_losses and {len(ms)} train_times_ms"
         raise source.at_key("val_losses").error(why)
     mib = number(source.json.get("peak_memory_mib"), "peak_memory_mib", source.at_key("peak_memory_mib"), low=0)
+    every_step = np.arange(1, len(train) + 1)
     return Steps(
-        total=total, train=LossSeries(np.arange(1, len(train) + 1), train, np.empty(0)),
-        val=LossSeries(at.astype(int), val, ms), start=clock_start(at, ms), peak_mib=mib and int(mib))
+        total=total,
+        train=LossSeries(every_step, train, ms=np.empty(0)),
+        val=LossSeries(at.astype(int), val, ms),
+        start=clock_start(at, ms),
+        peak_mib=mib and int(mib))
 
-# %% ../../nbs/importing/11_training.ipynb #cell-11
+# %% ../../nbs/importing/11_training.ipynb #cell-12
 _STUDY = load_study("gpt")
 
 def _training_settings(source:Source, code:str|None, steps:Steps|None)->tuple[dict, dict, dict]:
     "Settings in effect; of the optimiser, those that the log claims and those that the source uses."
-    data = source.json
-    args = {key: value for key, value in nested(data, "hyperparameters").items() if not isinstance(value, (dict, list))}
-    given = nested(data, "optimizer_configs", "transformer")
-    kind = str(given.get("type") or args.get("block_optimizer") or "") or None
-    claimed, used = translate(given, OPTIMIZER_NAMES), optimizer_settings(parse_code(code), args, kind)
-    logged = translate(args, _STUDY.log_names) | translate(nested(data, "model_config"), _STUDY.log_names)
-    return _STUDY.log_settings | logged | claimed | used | shown_settings(steps), claimed, used
+    args, model = nested(source.json, "hyperparameters"), nested(source.json, "model_config")
+    given = nested(source.json, "optimizer_configs", "transformer")
+    kind = given.get("type") or args.get("block_optimizer")
+    claimed = translate(given, OPTIMIZER_NAMES)
+    used = optimizer_settings(parse_code(code), args, str(kind) if kind else None)
+    logged = translate(args, _STUDY.log_names) | translate(model, _STUDY.log_names)
+    config = _STUDY.log_settings | logged | claimed | used | shown_settings(steps)
+    return config, claimed, used
 
-# %% ../../nbs/importing/11_training.ipynb #cell-12
+# %% ../../nbs/importing/11_training.ipynb #cell-13
 def _training_facts(source:Source, beside:Source|None, code:str|None, contradictions:list[dict])->dict:
     "For provenance.json: what the text log shows, and when the run began and ended."
     shown = log_facts(beside.text[len(code or ""):], code) if beside else {}
-    times = {name: timestamp(source.json.get(key), source.at_key(key))
-             for name, key in (("started_at", "start_time"), ("ended_at", "end_time"))}
+    times = dict(
+        started_at=timestamp(source.json.get("start_time"), source.at_key("start_time")),
+        ended_at=timestamp(source.json.get("end_time"), source.at_key("end_time")))
     return shown | contradiction_facts(contradictions) | times | dict(expected_runs=1)
 
+# %% ../../nbs/importing/11_training.ipynb #cell-14
 def is_training(source:Source)->bool:
     "A training log by its keys; if the JSON is damaged, by a word in it."
     try: keys = source.json.keys()
     except SpeedrunError: return '"training_data"' in source.text
     return "training_data" in keys or {"optimizer_configs", "ddp_world_size"} <= keys
 
-# %% ../../nbs/importing/11_training.ipynb #cell-13
+# %% ../../nbs/importing/11_training.ipynb #cell-15
 @reader("training log", "JSON with every loss of one NanoGPT run", is_training, endings=(".json",))
 def read_training(source:Source)->list[ImportedBatch]:
     "The one run of a training log in JSON. Raises `SpeedrunError` with the line."
@@ -100,11 +115,18 @@ def read_training(source:Source)->list[ImportedBatch]:
     code = snapshot(beside) if beside else None
     config, claimed, used = _training_settings(source, code, steps)
     where = f"the source in {beside.name}" if beside else ""
-    facts = _training_facts(source, beside, code, contradict(claimed, used, where))
+    contradictions = contradict(claimed, used, where)
+    facts = _training_facts(source, beside, code, contradictions)
     seed = whole(source.json.get("random_seed"), "random_seed", source.at_key("random_seed"))
     known = dict(seed=seed, order=0, started_at=facts["started_at"], ended_at=facts["ended_at"])
     if steps: run = run_of_steps(steps, 1, config, **known)
     else: run = ImportedRun(1, "failed", {}, error="the log ends before a step was made", **known)
     return [ImportedBatch(
-        source=source, study="gpt", variant=log_name(source.path), config=config, runs=(run,), facts=facts,
-        device="cuda", also_read=(text_log,))]
+        source=source,
+        study="gpt",
+        variant=log_name(source.path),
+        config=config,
+        runs=(run,),
+        facts=facts,
+        device="cuda",
+        also_read=(text_log,))]

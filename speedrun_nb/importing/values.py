@@ -30,6 +30,7 @@ def _parse_number(value:object, what:str, place:Place)->float:
 def _limits(low:float, high:float)->str:
     return f"between {low:g} and {high:g}" if math.isfinite(high) else f"at least {low:g}"
 
+# %% ../../nbs/importing/01_values.ipynb #cell-09
 def number(
     value:object,
     what:str,            # the name of the value, for errors
@@ -44,21 +45,23 @@ def number(
         raise place.error(f"{what}: {value:g} is not {_limits(low, high)}")
     return value
 
-# %% ../../nbs/importing/01_values.ipynb #cell-10
+# %% ../../nbs/importing/01_values.ipynb #cell-11
 def whole(value:object, what:str, place:Place)->int|None:
     "Check a whole number, such as a seed. Raises `SpeedrunError` with the line."
     value = number(value, what, place)
     if value is None: return None
-    if not (math.isfinite(value) and float(value).is_integer()): raise place.error(f"{what}: {value} is not a whole number")
-    return int(value)
+    if math.isfinite(value) and float(value).is_integer(): return int(value)
+    raise place.error(f"{what}: {value} is not a whole number")
 
+# %% ../../nbs/importing/01_values.ipynb #cell-12
 def plain_number(value:object):
     "Whole floats as whole numbers, so that 64 and 64.0 are one setting."
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
-# %% ../../nbs/importing/01_values.ipynb #cell-13
+# %% ../../nbs/importing/01_values.ipynb #cell-15
 def _as_text(moment:datetime.datetime)->str: return moment.isoformat(timespec="microseconds")
 
+# %% ../../nbs/importing/01_values.ipynb #cell-16
 def timestamp(
     text:object,         # ISO 8601, or with a blank or a comma as loggers write it; None
     place:Place,
@@ -70,11 +73,12 @@ def timestamp(
     if moment.tzinfo is None: moment = moment.replace(tzinfo=datetime.UTC)
     return _as_text(moment.astimezone(datetime.UTC))
 
-# %% ../../nbs/importing/01_values.ipynb #cell-14
+# %% ../../nbs/importing/01_values.ipynb #cell-17
 def seconds_before(
     time:str|None,        # of `timestamp`
     seconds:float|None,
 )->str|None:
     "When something began that ended at `time` and took so many seconds; None if either is unknown."
     if time is None or seconds is None or not 0 <= seconds < 1e9: return None
-    return _as_text(datetime.datetime.fromisoformat(time) - datetime.timedelta(seconds=seconds))
+    ended = datetime.datetime.fromisoformat(time)
+    return _as_text(ended - datetime.timedelta(seconds=seconds))

@@ -29,7 +29,7 @@ class BenchmarkRow:
     seed:int|None=None
     curve:dict = field(default_factory=dict)  # a list for each metric, one entry an epoch
 
-# %% ../../nbs/importing/12_benchmark.ipynb #cell-06
+# %% ../../nbs/importing/12_benchmark.ipynb #cell-07
 def _rows_of_runs(source:Source)->list[BenchmarkRow]:
     "Rows of a list `runs` of {accuracy, tta_accuracy, total_time_seconds, seed}."
     place, rows = source.at_key("runs"), []
@@ -44,7 +44,7 @@ def _rows_of_runs(source:Source)->list[BenchmarkRow]:
             seed=whole(run.get("seed"), "seed", place)))
     return rows
 
-# %% ../../nbs/importing/12_benchmark.ipynb #cell-07
+# %% ../../nbs/importing/12_benchmark.ipynb #cell-09
 _EPOCH_NAMES = {  # our name of a metric -> the script's
     "epoch": "epoch", "train_loss": "train_loss", "train_accuracy": "train_acc", "accuracy_plain": "val_acc"}
 
@@ -56,7 +56,7 @@ def epochs_of(
     if not all(isinstance(row, Mapping) for row in rows): return {}
     return {ours: [row.get(theirs) for row in rows] for ours, theirs in _EPOCH_NAMES.items()}
 
-# %% ../../nbs/importing/12_benchmark.ipynb #cell-08
+# %% ../../nbs/importing/12_benchmark.ipynb #cell-10
 def _curves(source:Source, runs:int)->list[dict]:
     "The curve of each run; empty ones if there are none."
     key = "raw_training_curves"
@@ -78,7 +78,7 @@ def _rows_of_lists(source:Source)->list[BenchmarkRow]:
     rows = zip(accuracies, times, curves, strict=True)
     return [BenchmarkRow(accuracy, time_seconds=seconds, curve=curve) for accuracy, seconds, curve in rows]
 
-# %% ../../nbs/importing/12_benchmark.ipynb #cell-09
+# %% ../../nbs/importing/12_benchmark.ipynb #cell-12
 def benchmark_rows(source:Source)->list[BenchmarkRow]:
     "A row a run. Raises `SpeedrunError` with the line."
     read = _rows_of_runs if isinstance(source.json.get("runs"), list) else _rows_of_lists
@@ -86,7 +86,7 @@ def benchmark_rows(source:Source)->list[BenchmarkRow]:
     if not rows: raise source.at().error("there are no runs in it")
     return rows
 
-# %% ../../nbs/importing/12_benchmark.ipynb #cell-12
+# %% ../../nbs/importing/12_benchmark.ipynb #cell-15
 def benchmark_run(row:BenchmarkRow, index:int)->ImportedRun:
     "One run of a benchmark."
     known = dict(seed=row.seed, order=index, curve=row.curve)
@@ -99,7 +99,7 @@ def benchmark_run(row:BenchmarkRow, index:int)->ImportedRun:
     losses = tuple(loss for loss in row.curve.get("train_loss", ()) if loss is not None)
     return ImportedRun(index, "completed", metrics, time_seconds=row.time_seconds, losses=losses, **known)
 
-# %% ../../nbs/importing/12_benchmark.ipynb #cell-15
+# %% ../../nbs/importing/12_benchmark.ipynb #cell-18
 _STUDY = load_study("cifar")
 
 def script_config(data:Mapping)->dict:
@@ -117,7 +117,7 @@ def script_config(data:Mapping)->dict:
         if not isinstance(value, (dict, list)): config[f"code.{flag}"] = value
     return config
 
-# %% ../../nbs/importing/12_benchmark.ipynb #cell-17
+# %% ../../nbs/importing/12_benchmark.ipynb #cell-20
 def _benchmark_facts(source:Source)->dict:
     "Machine and times for provenance.json."
     data, machine = source.json, nested(source.json, "environment")
@@ -134,14 +134,14 @@ def _benchmark_facts(source:Source)->dict:
         ended_at=None if is_start else written,
         expected_runs=whole(asked, "n_runs", source.at_key("n_runs")))
 
-# %% ../../nbs/importing/12_benchmark.ipynb #cell-18
+# %% ../../nbs/importing/12_benchmark.ipynb #cell-21
 def _benchmark_name(source:Source, config:Mapping)->str:
     "The name in the log, the mode, or the name of the file; of its folder if the file is called log.json."
     name = source.json.get("experiment_name") or config.get("code.mode")
     file = source.path.parent.name if source.path.stem == "log" else source.path.stem
     return safe_name(name or re.sub(r"_\d{8}_\d{6}$", "", file))
 
-# %% ../../nbs/importing/12_benchmark.ipynb #cell-20
+# %% ../../nbs/importing/12_benchmark.ipynb #cell-23
 def _has_results(data:Mapping)->bool:
     "Are there accuracies, as lists or in a list of runs?"
     runs = data.get("runs")
@@ -156,7 +156,7 @@ def is_benchmark(source:Source)->bool:
         has_word = '"raw_data"' in source.text or '"accs"' in source.text
         return source.path.name == "log.json" or has_word
 
-# %% ../../nbs/importing/12_benchmark.ipynb #cell-21
+# %% ../../nbs/importing/12_benchmark.ipynb #cell-25
 @reader("benchmark log", "JSON with accuracies and times of CIFAR-10 runs", is_benchmark, endings=(".json",))
 def read_benchmark(source:Source)->list[ImportedBatch]:
     "The runs of a benchmark's log. Raises `SpeedrunError` with the line."

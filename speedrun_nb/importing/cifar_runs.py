@@ -42,7 +42,7 @@ _DEFAULTS = {
 def _network_settings(network:Mapping)->dict:
     return translate(network, _STUDY.log_names) | widths(network.get("widths"))
 
-# %% ../../nbs/importing/06_cifar_runs.ipynb #cell-07
+# %% ../../nbs/importing/06_cifar_runs.ipynb #cell-08
 def cifar_config(
     config:Mapping,          # as written in the folder
 )->tuple[dict, dict]:
@@ -58,7 +58,7 @@ def cifar_config(
     reaching = {key: value for key, value in written.items() if key not in idle}
     return reaching | passed, idle
 
-# %% ../../nbs/importing/06_cifar_runs.ipynb #cell-10
+# %% ../../nbs/importing/06_cifar_runs.ipynb #cell-11
 def _claimed_augmentation(config:Mapping)->dict:
     "What a configuration says of augmentation, under any of its keys; the later ones win."
     claim = {}
@@ -68,7 +68,7 @@ def _claimed_augmentation(config:Mapping)->dict:
         claim["deterministic_translate"] = config["deterministic_translate"]
     return claim
 
-# %% ../../nbs/importing/06_cifar_runs.ipynb #cell-11
+# %% ../../nbs/importing/06_cifar_runs.ipynb #cell-12
 def _logged_augmentation(word:str, place:Place)->dict:
     "The dictionary in a log's line. Raises `SpeedrunError` with the line."
     try: shown = ast.literal_eval(word[:2000])
@@ -76,7 +76,7 @@ def _logged_augmentation(word:str, place:Place)->dict:
     if not isinstance(shown, dict): raise place.error("the augmentation in effect is not a dictionary {...}")
     return shown
 
-# %% ../../nbs/importing/06_cifar_runs.ipynb #cell-12
+# %% ../../nbs/importing/06_cifar_runs.ipynb #cell-14
 def effective_augmentation(experiment:Experiment)->tuple[dict, dict, str|None]:
     "Augmentation claimed, augmentation in effect, and the log's line that shows it (None if none does)."
     claim = _claimed_augmentation(experiment.config)
@@ -88,7 +88,7 @@ def effective_augmentation(experiment:Experiment)->tuple[dict, dict, str|None]:
     shown = _logged_augmentation(word, place)
     return claimed, augmentation(shown), str(place)
 
-# %% ../../nbs/importing/06_cifar_runs.ipynb #cell-14
+# %% ../../nbs/importing/06_cifar_runs.ipynb #cell-16
 def cifar_run(
     row:Mapping,      # of results.jsonl
     label:int|str,    # the line, or another name that is unique
@@ -107,7 +107,7 @@ def cifar_run(
         return ImportedRun(label, "diverged", {}, error="the accuracy is not finite", **known)
     return ImportedRun(label, "completed", {"accuracy": accuracy}, time_seconds=seconds, **known)
 
-# %% ../../nbs/importing/06_cifar_runs.ipynb #cell-16
+# %% ../../nbs/importing/06_cifar_runs.ipynb #cell-18
 def _all_runs(experiment:Experiment)->list[ImportedRun]:
     "Runs with a row, and those that were started and have none."
     rows = experiment.rows or logged_rows(experiment, {"accuracy": "accuracy"})
@@ -117,7 +117,7 @@ def _all_runs(experiment:Experiment)->list[ImportedRun]:
         runs.append(ImportedRun(run_label(key), "failed", {}, seed=key[1], **known))
     return runs
 
-# %% ../../nbs/importing/06_cifar_runs.ipynb #cell-18
+# %% ../../nbs/importing/06_cifar_runs.ipynb #cell-20
 def named_modules(config:Mapping)->set[str]:
     "Training modules that a configuration names as files, other than airbench94.py, from which all are derived."
     return set(re.findall(r"\b(airbench94\w+)\.py\b", json.dumps(config)))
@@ -129,7 +129,7 @@ def _module(experiment:Experiment)->tuple[str|None, str]:
     noted = nested(experiment.summary, "additional_info").get("module_name")
     return noted, f"{experiment.shown}/summary.json"
 
-# %% ../../nbs/importing/06_cifar_runs.ipynb #cell-19
+# %% ../../nbs/importing/06_cifar_runs.ipynb #cell-22
 def _contradictions(experiment:Experiment)->list[dict]:
     "Where the log contradicts the configuration."
     claimed, effective, where = effective_augmentation(experiment)
@@ -139,7 +139,7 @@ def _contradictions(experiment:Experiment)->list[dict]:
         found += contradict({"code.module": min(named)}, {"code.module": module}, at)
     return found
 
-# %% ../../nbs/importing/06_cifar_runs.ipynb #cell-21
+# %% ../../nbs/importing/06_cifar_runs.ipynb #cell-24
 def cifar_notes(experiment:Experiment, runs:list[ImportedRun])->tuple[str, ...]:
     "Settings that are taken on trust or had no effect, and files that disagree."
     notes = []
@@ -152,7 +152,7 @@ def cifar_notes(experiment:Experiment, runs:list[ImportedRun])->tuple[str, ...]:
     notes += row_notes(experiment, "accuracy", [run.metrics.get("accuracy") for run in runs])
     return tuple(notes)
 
-# %% ../../nbs/importing/06_cifar_runs.ipynb #cell-22
+# %% ../../nbs/importing/06_cifar_runs.ipynb #cell-26
 _CLOCK = ("wall: the whole call of the training function, with loading of data, building of the model "
           "and a validation after each epoch")
 

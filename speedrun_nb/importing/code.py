@@ -24,7 +24,7 @@ def snapshot(source:Source)->str|None:
     left_out = not code.strip() or re.fullmatch(r"\s*\[[^\n]*\]\s*", code)
     return None if left_out else code
 
-# %% ../../nbs/importing/09_code.ipynb #cell-06
+# %% ../../nbs/importing/09_code.ipynb #cell-07
 def parse_code(code:str|None)->ast.Module|None:
     "The syntax tree of a script; None if this Python cannot parse it."
     with warnings.catch_warnings():
@@ -32,7 +32,7 @@ def parse_code(code:str|None)->ast.Module|None:
         try: return ast.parse(code or "")
         except (SyntaxError, ValueError, RecursionError, MemoryError): return None
 
-# %% ../../nbs/importing/09_code.ipynb #cell-09
+# %% ../../nbs/importing/09_code.ipynb #cell-10
 _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
 def _calculated(operation:Callable|None, a:object, b:object)->int|float|None:
@@ -42,7 +42,7 @@ def _calculated(operation:Callable|None, a:object, b:object)->int|float|None:
     try: return operation(a, b)
     except (ArithmeticError, ValueError): return None
 
-# %% ../../nbs/importing/09_code.ipynb #cell-10
+# %% ../../nbs/importing/09_code.ipynb #cell-12
 def constant(
     node:ast.AST,
     args:Mapping,   # what `args.name` stands for
@@ -57,7 +57,7 @@ def constant(
             return _calculated(_OPERATORS.get(type(op)), constant(left, args), constant(right, args))
     return None
 
-# %% ../../nbs/importing/09_code.ipynb #cell-13
+# %% ../../nbs/importing/09_code.ipynb #cell-15
 def _class_constants(node:ast.ClassDef)->dict:
     "Fields of a class with their values; None where the value is not a constant."
     found = {}
@@ -66,7 +66,7 @@ def _class_constants(node:ast.ClassDef)->dict:
             found[item.target.id] = constant(item.value, {})
     return found
 
-# %% ../../nbs/importing/09_code.ipynb #cell-14
+# %% ../../nbs/importing/09_code.ipynb #cell-17
 def _assigned_attributes(code:ast.Module)->set[str]:
     "Attributes that a script sets: `args.warmdown_iters = 150`."
     targets = []
@@ -79,7 +79,7 @@ def _calls_setattr(code:ast.Module)->bool:
     functions = [node.func for node in ast.walk(code) if isinstance(node, ast.Call)]
     return any(isinstance(each, ast.Name) and each.id == "setattr" for each in functions)
 
-# %% ../../nbs/importing/09_code.ipynb #cell-15
+# %% ../../nbs/importing/09_code.ipynb #cell-18
 def stated_settings(code:ast.Module|None)->dict:
     "Numbers and words of the class `Hyperparameters` that nothing else in the script sets."
     if code is None or _calls_setattr(code): return {}
@@ -90,12 +90,12 @@ def stated_settings(code:ast.Module|None)->dict:
     replaced = _assigned_attributes(code)
     return {key: value for key, value in found.items() if value is not None and key not in replaced}
 
-# %% ../../nbs/importing/09_code.ipynb #cell-18
+# %% ../../nbs/importing/09_code.ipynb #cell-21
 OPTIMIZER_NAMES = {  # arguments of optimisers -> our names
     "lr": "optimizer.block_lr", "momentum": "optimizer.block_momentum", "gamma": "optimizer.block_gamma",
     "eps": "optimizer.block_eps", "backend_steps": "optimizer.block_steps"}
 
-# %% ../../nbs/importing/09_code.ipynb #cell-19
+# %% ../../nbs/importing/09_code.ipynb #cell-23
 def _optimizer_calls(code:ast.Module|None)->Iterator[tuple[str, list[ast.keyword]]]:
     "Name and keywords of each call in `optimizer... = Call(...)`. Adam is left out: it trains embeddings and head."
     for node in ast.walk(code) if code else ():
@@ -104,7 +104,7 @@ def _optimizer_calls(code:ast.Module|None)->Iterator[tuple[str, list[ast.keyword
                 name = getattr(function, "attr", getattr(function, "id", "")).lower()
                 if target.startswith("optimizer") and name not in ("adam", "adamw"): yield name, keywords
 
-# %% ../../nbs/importing/09_code.ipynb #cell-20
+# %% ../../nbs/importing/09_code.ipynb #cell-25
 def optimizer_settings(
     code:ast.Module|None,
     args:Mapping,        # hyperparameters of the run, by the script's names

@@ -28,7 +28,7 @@ def is_experiment(folder:Source)->bool:
     damaged = heads["results.jsonl"].strip() and not heads["results.jsonl"].lstrip().startswith(b"{")
     return bool(damaged) or any(word in heads[name] for name, words in _WORDS.items() for word in words)
 
-# %% ../../nbs/importing/08_experiment.ipynb #cell-06
+# %% ../../nbs/importing/08_experiment.ipynb #cell-07
 @reader("experiment folder", "results.jsonl or experiment.log of an experiment runner", is_experiment, members=MEMBERS)
 def read_folder(
     folder:Source,

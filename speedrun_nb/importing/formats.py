@@ -147,7 +147,7 @@ class Format:
 
 FORMATS:dict[str, Format] = {}  # by name, in the order in which they are asked
 
-# %% ../../nbs/importing/00_formats.ipynb #cell-21
+# %% ../../nbs/importing/00_formats.ipynb #cell-22
 def reader(
     name:str,
     about:str,
@@ -161,12 +161,12 @@ def reader(
         return read
     return register
 
-# %% ../../nbs/importing/00_formats.ipynb #cell-22
+# %% ../../nbs/importing/00_formats.ipynb #cell-24
 def formats_in_words()->str:
     "The known formats, for help and errors."
     return "; ".join(f"{each.name} ({each.about})" for each in FORMATS.values())
 
-# %% ../../nbs/importing/00_formats.ipynb #cell-24
+# %% ../../nbs/importing/00_formats.ipynb #cell-26
 def find_format(source:Source)->Format|None:
     "The first format that recognises a file or folder; None if no format does."
     of_kind = [each for each in FORMATS.values() if bool(each.members) == source.path.is_dir()]
@@ -174,7 +174,7 @@ def find_format(source:Source)->Format|None:
     asked = [each for each in of_kind if ending in each.endings] or of_kind
     return next((each for each in asked if each.recognise(source)), None)
 
-# %% ../../nbs/importing/00_formats.ipynb #cell-25
+# %% ../../nbs/importing/00_formats.ipynb #cell-28
 def read_as(chosen:Format, source:Source)->list[ImportedBatch]:
     "The batches of a source in a known format. Raises `SpeedrunError` with file and line."
     return [replace(batch, format=chosen.name) for batch in chosen.read(source)]

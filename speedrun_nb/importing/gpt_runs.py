@@ -42,7 +42,7 @@ def _metrics_series(source:Source, rows:list[tuple[int, dict]], loss:str)->LossS
     step, losses, ms = np.array(points, dtype=float).reshape(-1, 3).T
     return LossSeries(step.astype(int), losses, ms)
 
-# %% ../../nbs/importing/07_gpt_runs.ipynb #cell-06
+# %% ../../nbs/importing/07_gpt_runs.ipynb #cell-07
 def metrics_steps(experiment:Experiment, run:int|None, final:float|None)->Steps|None:
     "The steps of one run from metrics.jsonl; None if they are missing or end with another loss."
     path = experiment.folder / "metrics.jsonl"
@@ -55,7 +55,7 @@ def metrics_steps(experiment:Experiment, run:int|None, final:float|None)->Steps|
     if not is_this_run: return None
     return Steps(total=int(val.step[-1]), train=train, val=val, start=10)
 
-# %% ../../nbs/importing/07_gpt_runs.ipynb #cell-07
+# %% ../../nbs/importing/07_gpt_runs.ipynb #cell-09
 @dataclass(frozen=True)
 class PrintedRun:
     "The steps of one run, and what it printed."
@@ -67,7 +67,7 @@ class PrintedRun:
         "Settings that its output shows."
         return shown_settings(self.steps) if self.output else {}
 
-# %% ../../nbs/importing/07_gpt_runs.ipynb #cell-08
+# %% ../../nbs/importing/07_gpt_runs.ipynb #cell-10
 def printed_run(
     experiment:Experiment,
     key:tuple[int|None, int|None],  # number and seed
@@ -81,7 +81,7 @@ def printed_run(
     output = Source(path, f"{experiment.shown}/{inside}")
     return PrintedRun(read_steps(output), output)
 
-# %% ../../nbs/importing/07_gpt_runs.ipynb #cell-10
+# %% ../../nbs/importing/07_gpt_runs.ipynb #cell-12
 _METRICS = {"train_loss": "final_train_loss", "val_loss": "final_val_loss", "wall_seconds": "time_seconds"}
 
 def _row_numbers(row:Mapping, place:Place)->dict[str, float|None]:
@@ -99,12 +99,12 @@ def _started_run(row:Mapping, label:int|str, place:Place, steps:Steps|None, conf
     run = run_of_steps(steps, label, config) if steps else ImportedRun(label, "completed", {})
     return replace(run, config=config, **known)
 
-# %% ../../nbs/importing/07_gpt_runs.ipynb #cell-11
+# %% ../../nbs/importing/07_gpt_runs.ipynb #cell-14
 def _as_ended(run:ImportedRun, status:str, error:str)->ImportedRun:
     "A run without results."
     return replace(run, status=status, metrics={}, time_seconds=None, error=error)
 
-# %% ../../nbs/importing/07_gpt_runs.ipynb #cell-12
+# %% ../../nbs/importing/07_gpt_runs.ipynb #cell-16
 def gpt_run(
     row:Mapping,          # of results.jsonl
     label:int|str,        # the line, or another name that is unique
@@ -123,7 +123,7 @@ def gpt_run(
     printed = run.metrics if steps and steps.finished else {}
     return replace(run, status="completed", error=None, metrics=numbers | printed)
 
-# %% ../../nbs/importing/07_gpt_runs.ipynb #cell-15
+# %% ../../nbs/importing/07_gpt_runs.ipynb #cell-19
 _ERROR = re.compile(r"\b(\w*(?:Error|Exception)): +(\S.*)")
 
 def last_error(output:Source|None)->str:
@@ -131,7 +131,7 @@ def last_error(output:Source|None)->str:
     found = _ERROR.findall(output.text) if output else []
     return f": {found[-1][0]}: {found[-1][1]}"[:300] if found else ""
 
-# %% ../../nbs/importing/07_gpt_runs.ipynb #cell-16
+# %% ../../nbs/importing/07_gpt_runs.ipynb #cell-21
 def failed_gpt_run(
     key:tuple[int, int],   # number and seed
     printed:PrintedRun,
@@ -147,14 +147,14 @@ def failed_gpt_run(
     reason = last_error(printed.output) or (f"; {run.error}" if run.error else "")
     return _as_ended(run, "failed", known["error"] + reason)
 
-# %% ../../nbs/importing/07_gpt_runs.ipynb #cell-18
+# %% ../../nbs/importing/07_gpt_runs.ipynb #cell-23
 _STUDY = load_study("gpt")
 
 def script_of(word:object)->str|None:
     "The module that a script's path names."
     return Path(str(word)).stem if word and word != "N/A" else None
 
-# %% ../../nbs/importing/07_gpt_runs.ipynb #cell-19
+# %% ../../nbs/importing/07_gpt_runs.ipynb #cell-24
 def _script_that_ran(experiment:Experiment)->tuple[str|None, str]:
     "The training script by the log or the summary, and the place that says so."
     word, line = experiment.logged("Training script")
@@ -162,7 +162,7 @@ def _script_that_ran(experiment:Experiment)->tuple[str|None, str]:
     noted = nested(experiment.summary, "additional_info").get("script_name")
     return script_of(noted), f"{experiment.shown}/summary.json"
 
-# %% ../../nbs/importing/07_gpt_runs.ipynb #cell-20
+# %% ../../nbs/importing/07_gpt_runs.ipynb #cell-26
 def gpt_claims(experiment:Experiment)->tuple[dict, list[dict]]:
     "Settings of the configuration with the script that ran, and where the log contradicts them."
     config, contradictions = experiment.config, []
@@ -178,7 +178,7 @@ def gpt_claims(experiment:Experiment)->tuple[dict, list[dict]]:
     if module or named: claimed["code.module"] = module or named
     return claimed, contradictions
 
-# %% ../../nbs/importing/07_gpt_runs.ipynb #cell-22
+# %% ../../nbs/importing/07_gpt_runs.ipynb #cell-28
 @dataclass(frozen=True)
 class GptRuns:
     "What a folder knows of its runs."
@@ -194,7 +194,7 @@ class GptRuns:
         usual = ended[0].settings if ended else {}
         return self.claimed | usual | self.printed[key].settings
 
-# %% ../../nbs/importing/07_gpt_runs.ipynb #cell-23
+# %% ../../nbs/importing/07_gpt_runs.ipynb #cell-30
 _LOGGED = {"val_loss": "final_val_loss", "train_loss": "final_train_loss"}  # the log's words -> columns
 
 def gather_runs(experiment:Experiment, claimed:dict)->GptRuns:
@@ -207,7 +207,7 @@ def gather_runs(experiment:Experiment, claimed:dict)->GptRuns:
     printed = {key: printed_run(experiment, key, final) for key, final in finals.items()}
     return GptRuns(rows, keys, missing, printed, claimed)
 
-# %% ../../nbs/importing/07_gpt_runs.ipynb #cell-24
+# %% ../../nbs/importing/07_gpt_runs.ipynb #cell-32
 def _setting_contradictions(found:GptRuns)->list[dict]:
     "Where a run's output contradicts the configuration, each setting and value once."
     first = {}
@@ -217,7 +217,7 @@ def _setting_contradictions(found:GptRuns)->list[dict]:
             first.setdefault((each["setting"], str(each["effective"])), each)
     return list(first.values())
 
-# %% ../../nbs/importing/07_gpt_runs.ipynb #cell-25
+# %% ../../nbs/importing/07_gpt_runs.ipynb #cell-33
 def _loss_contradictions(found:GptRuns, runs:list[ImportedRun])->list[dict]:
     "Where a run printed another final loss than its row has."
     contradictions = []
@@ -228,7 +228,7 @@ def _loss_contradictions(found:GptRuns, runs:list[ImportedRun])->list[dict]:
         contradictions += contradict(claimed, run.metrics, output.name)
     return contradictions
 
-# %% ../../nbs/importing/07_gpt_runs.ipynb #cell-26
+# %% ../../nbs/importing/07_gpt_runs.ipynb #cell-35
 def gpt_notes(
     experiment:Experiment,
     printed:Mapping[tuple, PrintedRun],
@@ -248,7 +248,7 @@ def gpt_notes(
         notes.append(f"the configuration recommends {planned} runs; {expected} were asked for")
     return notes + row_notes(experiment, "val_loss", [run.metrics.get("val_loss") for run in runs])
 
-# %% ../../nbs/importing/07_gpt_runs.ipynb #cell-27
+# %% ../../nbs/importing/07_gpt_runs.ipynb #cell-36
 def _runs_with_row(experiment:Experiment, found:GptRuns)->list[ImportedRun]:
     runs = []
     for key, (label, row) in zip(found.keys, found.rows, strict=True):
@@ -256,7 +256,7 @@ def _runs_with_row(experiment:Experiment, found:GptRuns)->list[ImportedRun]:
         runs.append(gpt_run(row, label, place, steps, found.config(key)))
     return runs
 
-# %% ../../nbs/importing/07_gpt_runs.ipynb #cell-28
+# %% ../../nbs/importing/07_gpt_runs.ipynb #cell-38
 def read_gpt_experiment(experiment:Experiment)->ImportedBatch:
     "The batch of a NanoGPT runner's folder. Raises `SpeedrunError` with file and line."
     claimed, contradictions = gpt_claims(experiment)

@@ -43,7 +43,7 @@ def header_of(source:Source)->list[str]:
     first, _, _ = source.text.partition("\n")
     return [cell.strip().strip('"') for cell in first.split(",")]
 
-# %% ../../nbs/importing/13_grid.ipynb #cell-06
+# %% ../../nbs/importing/13_grid.ipynb #cell-07
 def grid_columns(header:list[str])->dict[str, int]|None:
     "Where each known column is; None for a table that is not one of runs with results."
     names, found = [name.lower() for name in header], {}
@@ -56,7 +56,7 @@ def grid_columns(header:list[str])->dict[str, int]|None:
 
 def is_grid(source:Source)->bool: return grid_columns(header_of(source)) is not None
 
-# %% ../../nbs/importing/13_grid.ipynb #cell-09
+# %% ../../nbs/importing/13_grid.ipynb #cell-10
 _UNKNOWN = ("", "unknown", "none", "null", "nan", "n/a")
 
 def known_cell(cell:str)->str|None:
@@ -69,7 +69,7 @@ def _cell_value(cell:str)->int|float|str:
     try: return plain_number(float(cell))
     except ValueError: return cell
 
-# %% ../../nbs/importing/13_grid.ipynb #cell-10
+# %% ../../nbs/importing/13_grid.ipynb #cell-12
 _LIMITS = {"accuracy": (0, 1), "accuracy_plain": (0, 1), "val_loss": (0, math.inf), "train_loss": (0, math.inf)}
 
 def grid_run(
@@ -91,14 +91,14 @@ def grid_run(
     if mib is not None: known["peak_memory_bytes"] = int(mib * 2**20)
     return ImportedRun(place.line, "completed", metrics, time_seconds=seconds, **known)
 
-# %% ../../nbs/importing/13_grid.ipynb #cell-13
+# %% ../../nbs/importing/13_grid.ipynb #cell-15
 class GridKey(NamedTuple):
     "What a batch of a grid has in common; None where a table does not say."
     experiment:str|None
     commit:str|None
     host:str|None
 
-# %% ../../nbs/importing/13_grid.ipynb #cell-14
+# %% ../../nbs/importing/13_grid.ipynb #cell-17
 @dataclass(frozen=True)
 class Grid:
     "A table of runs."
@@ -123,7 +123,7 @@ class Grid:
         known = {name: _cell_value(cell) for name, cell in written.items() if known_cell(cell)}
         return self.study.log_settings | translate(known, self.study.log_names)
 
-# %% ../../nbs/importing/13_grid.ipynb #cell-15
+# %% ../../nbs/importing/13_grid.ipynb #cell-19
 def read_table(source:Source)->Grid:
     "The rows of a grid. Raises `SpeedrunError` with the line."
     header = header_of(source)
@@ -137,7 +137,7 @@ def read_table(source:Source)->Grid:
             raise source.at(line).error(f"has {len(cells)} columns where the header has {len(header)}")
     return Grid(source, study, header, columns, lines)
 
-# %% ../../nbs/importing/13_grid.ipynb #cell-18
+# %% ../../nbs/importing/13_grid.ipynb #cell-22
 def grid_notes(grid:Grid)->tuple[str, ...]:
     "Columns that were not read, and a last line that may be cut off."
     notes, read = [], grid.columns.values()
@@ -149,7 +149,7 @@ def grid_notes(grid:Grid)->tuple[str, ...]:
         notes.append(f"line {last} does not end: its last number may have been cut off")
     return tuple(notes)
 
-# %% ../../nbs/importing/13_grid.ipynb #cell-19
+# %% ../../nbs/importing/13_grid.ipynb #cell-24
 def grid_gpus(row:Mapping[str, str])->list[dict]:
     "The GPUs that a row names."
     name, written = known_cell(row.get("gpu", "")), row.get("count", "")
@@ -157,7 +157,7 @@ def grid_gpus(row:Mapping[str, str])->list[dict]:
     count = int(written) if re.fullmatch(r"[1-9]\d?", written) else 1
     return [dict(name=name)] * count
 
-# %% ../../nbs/importing/13_grid.ipynb #cell-20
+# %% ../../nbs/importing/13_grid.ipynb #cell-26
 def _told_apart(key:GridKey, keys:list[GridKey])->tuple[dict, str]:
     "The setting and the part of a name that tell this batch from others of its experiment."
     setting, parts = {}, []
@@ -169,7 +169,7 @@ def _told_apart(key:GridKey, keys:list[GridKey])->tuple[dict, str]:
     if len({other.host for other in same}) > 1: parts.append(safe_name(key.host))
     return setting, safe_name("-".join(parts)) if parts else ""
 
-# %% ../../nbs/importing/13_grid.ipynb #cell-21
+# %% ../../nbs/importing/13_grid.ipynb #cell-27
 def _clock(grid:Grid)->str|None:
     "What the times measure; None: what airbench's clock does, whose scripts write `total_time_seconds`."
     timed_by = grid.header[grid.columns["time_seconds"]]
@@ -199,7 +199,7 @@ def _grid_batch(
         host=safe_name(key.host) if key.host else None,
         part=part)
 
-# %% ../../nbs/importing/13_grid.ipynb #cell-22
+# %% ../../nbs/importing/13_grid.ipynb #cell-29
 @reader("grid", "CSV with a run in each row: a quality and a time", is_grid, endings=(".csv",))
 def read_grid(source:Source)->list[ImportedBatch]:
     "The batches of a grid: one for each experiment, commit and host. Raises `SpeedrunError` with the line."

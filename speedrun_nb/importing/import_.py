@@ -43,13 +43,13 @@ def _members()->set[str]:
     "Names of files that are read as part of their folder."
     return {name for each in FORMATS.values() for name in each.members}
 
-# %% ../../nbs/importing/14_import.ipynb #cell-09
+# %% ../../nbs/importing/14_import.ipynb #cell-10
 def _may_hold_runs(file:str)->bool:
     "By its name, does a file deserve a look?"
     endings = {ending for each in FORMATS.values() for ending in each.endings}
     return not file.startswith(".") and Path(file).suffix.lower() in endings | set(_PICKLES)
 
-# %% ../../nbs/importing/14_import.ipynb #cell-10
+# %% ../../nbs/importing/14_import.ipynb #cell-12
 def _walk(top:Path)->Iterator[Source]:
     "What might hold runs below a folder. Links to folders and hidden folders are left out."
     for folder, inner, files in os.walk(top):
@@ -61,7 +61,7 @@ def _walk(top:Path)->Iterator[Source]:
         inner[:] = sorted(name for name in inner if not name.startswith(".") and name not in _SKIPPED)
         yield from (Source(here.path / file, f"{here.name}/{file}") for file in sorted(files) if _may_hold_runs(file))
 
-# %% ../../nbs/importing/14_import.ipynb #cell-11
+# %% ../../nbs/importing/14_import.ipynb #cell-14
 def find_sources(
     path:Path,  # a file, an experiment folder, or any folder above
 )->Iterator[Source]:
@@ -73,7 +73,7 @@ def find_sources(
         folder = Source(path.parent, path.parent.name)
         yield folder if path.name in _members() and find_format(folder) else Source(path, path.name)
 
-# %% ../../nbs/importing/14_import.ipynb #cell-14
+# %% ../../nbs/importing/14_import.ipynb #cell-17
 _LARGEST = 2**28  # bytes; no log is larger
 _PICKLE_REMEDY = (
     "is a pickle, which can run code when it is loaded and is therefore never loaded here; "
@@ -82,7 +82,7 @@ _PICKLE_REMEDY = (
 
 def is_pickle(source:Source)->bool: return source.path.suffix.lower() in _PICKLES
 
-# %% ../../nbs/importing/14_import.ipynb #cell-15
+# %% ../../nbs/importing/14_import.ipynb #cell-19
 def read_source(
     source:Source,
     named:bool=False,       # is it what the user named?
@@ -97,7 +97,7 @@ def read_source(
     if source.path.suffix.lower() == ".json": parse_json(source.text, source.at(1))  # raises where it is damaged
     raise source.at().error(f"is in none of the formats that can be imported: {formats_in_words()}")
 
-# %% ../../nbs/importing/14_import.ipynb #cell-18
+# %% ../../nbs/importing/14_import.ipynb #cell-22
 @dataclass(frozen=True)
 class Rule:
     "What a map says of the paths that fit a pattern."
@@ -119,7 +119,7 @@ class Rule:
         "What it names."
         return {key: value for key, value in dataclasses.asdict(self).items() if key != "path" and value is not None}
 
-# %% ../../nbs/importing/14_import.ipynb #cell-19
+# %% ../../nbs/importing/14_import.ipynb #cell-24
 def rename(batch:ImportedBatch, rules:tuple[Rule, ...])->ImportedBatch:
     "The batch with what the rules say; the first rule that fits and says it decides."
     found = {}
@@ -127,7 +127,7 @@ def rename(batch:ImportedBatch, rules:tuple[Rule, ...])->ImportedBatch:
         if rule.fits(batch.source): found = rule.says | found
     return replace(batch, **found)
 
-# %% ../../nbs/importing/14_import.ipynb #cell-20
+# %% ../../nbs/importing/14_import.ipynb #cell-26
 def _check_entry(entry:object, where:str)->None:
     "Is an entry of a map a path and known keys?"
     keys = [each.name for each in dataclasses.fields(Rule)]
@@ -148,7 +148,7 @@ def _read_rule(entry:object, where:str)->Rule:
         raise SpeedrunError(f"{where}: repeat: {rule.repeat!r} is not a whole number from 0 up")
     return rule
 
-# %% ../../nbs/importing/14_import.ipynb #cell-21
+# %% ../../nbs/importing/14_import.ipynb #cell-27
 def read_map(path:Path)->tuple[Rule, ...]:
     "Read a map. Raises `SpeedrunError` with the nearest valid name."
     data = read_yaml(path)
@@ -157,7 +157,7 @@ def read_map(path:Path)->tuple[Rule, ...]:
     if not isinstance(entries, list): raise SpeedrunError(f"{path}: runs: expected a list of entries with a path")
     return tuple(_read_rule(entry, f"{path}: entry {n}") for n, entry in enumerate(entries, 1))
 
-# %% ../../nbs/importing/14_import.ipynb #cell-24
+# %% ../../nbs/importing/14_import.ipynb #cell-30
 @dataclass(frozen=True)
 class ImportReport:
     "What an import did."
@@ -184,7 +184,7 @@ def imported_row(
         batch=folder, study=batch.study, variant=batch.variant, host=batch.host, runs=len(batch.runs), failed=failed,
         format=batch.format, source=batch.source.name)
 
-# %% ../../nbs/importing/14_import.ipynb #cell-26
+# %% ../../nbs/importing/14_import.ipynb #cell-32
 def _present_in(batch:ImportedBatch, there:dict[str, str])->str|None:
     "The folder that has the batch's runs already; None if it has none. Raises `SpeedrunError` if it has a part."
     have = {batch.run_id(run) for run in batch.runs} & there.keys()
@@ -194,7 +194,7 @@ def _present_in(batch:ImportedBatch, there:dict[str, str])->str|None:
     part = f"{len(have)} of {count(len(batch.runs))} of {batch.variant} are already in {folder}"
     raise batch.source.at().error(f"{part}; remove that folder to import them again")
 
-# %% ../../nbs/importing/14_import.ipynb #cell-27
+# %% ../../nbs/importing/14_import.ipynb #cell-34
 def write_source(
     batches:list[ImportedBatch],  # of one source
     outputs:Path,
@@ -213,7 +213,7 @@ def write_source(
         written = write_batch(outputs, batch, studies[batch.study])
         report.imported.append(imported_row(batch, str(written.relative_to(outputs))))
 
-# %% ../../nbs/importing/14_import.ipynb #cell-28
+# %% ../../nbs/importing/14_import.ipynb #cell-36
 def named_batches(source:Source, named:bool, rules:tuple[Rule, ...])->list[ImportedBatch]:
     "The batches of a source under the names of the rules. Raises `SpeedrunError`."
     found = read_source(source, named)
@@ -224,7 +224,7 @@ def named_batches(source:Source, named:bool, rules:tuple[Rule, ...])->list[Impor
         raise source.at().error(why)
     return batches
 
-# %% ../../nbs/importing/14_import.ipynb #cell-29
+# %% ../../nbs/importing/14_import.ipynb #cell-38
 def contradictions_of(batch:ImportedBatch)->list[str]:
     "Sentences about settings in which log and configuration differ."
     sentences = []
@@ -238,7 +238,7 @@ def source_notes(source:Source, batches:list[ImportedBatch])->list[str]:
     notes = dict.fromkeys(note for batch in batches for note in batch.notes)  # each once
     return [note if note.startswith(source.name) else f"{source.name}: {note}" for note in notes]
 
-# %% ../../nbs/importing/14_import.ipynb #cell-30
+# %% ../../nbs/importing/14_import.ipynb #cell-40
 def import_source(
     source:Source,
     named:bool,                # is it what the user named?
@@ -262,7 +262,7 @@ def import_source(
     report.notes.extend(source_notes(source, batches))
     return batches
 
-# %% ../../nbs/importing/14_import.ipynb #cell-32
+# %% ../../nbs/importing/14_import.ipynb #cell-42
 def _find_rules(
     map_file:str|Path|None,
     given:Rule,              # what the user says of all runs
@@ -275,7 +275,7 @@ def _find_rules(
     path = Path(map_file).expanduser()
     return (given, *read_map(path if path.is_file() else from_root(path)))
 
-# %% ../../nbs/importing/14_import.ipynb #cell-33
+# %% ../../nbs/importing/14_import.ipynb #cell-44
 def _closing_notes(pickles:int, map_file:str|Path|None, idle:list[Rule])->list[str]:
     "Pickles that were left out, and entries of the map that fit nothing."
     notes = []
@@ -287,7 +287,7 @@ def _closing_notes(pickles:int, map_file:str|Path|None, idle:list[Rule])->list[s
         notes.append(f"{map_file}: no source fits {paths}")
     return notes
 
-# %% ../../nbs/importing/14_import.ipynb #cell-34
+# %% ../../nbs/importing/14_import.ipynb #cell-46
 def import_runs(
     path:str|Path,               # a file, an experiment folder, or any folder above
     outputs:str|Path,            # the folder of collected runs

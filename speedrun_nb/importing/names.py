@@ -18,7 +18,7 @@ def _is_plain(value:object)->bool:
     if isinstance(value, float): return math.isfinite(value)
     return isinstance(value, (bool, int, str))
 
-# %% ../../nbs/importing/02_names.ipynb #cell-06
+# %% ../../nbs/importing/02_names.ipynb #cell-07
 def translate(
     settings:Mapping,          # as a script names them
     names:Mapping[str, str],   # script's name -> ours, such as `study.log_names`
@@ -27,12 +27,12 @@ def translate(
     known = {key: value for key, value in settings.items() if key in names and _is_plain(value)}
     return {names[key]: plain_number(value) for key, value in known.items()}
 
-# %% ../../nbs/importing/02_names.ipynb #cell-09
+# %% ../../nbs/importing/02_names.ipynb #cell-10
 def _crop_order(settings:Mapping)->str:
     if settings.get("translate") == 0: return "none"
     return "deterministic" if settings.get("deterministic_translate") else "random"
 
-# %% ../../nbs/importing/02_names.ipynb #cell-10
+# %% ../../nbs/importing/02_names.ipynb #cell-12
 def augmentation(
     settings:Mapping,   # {flip, translate, deterministic_translate, translate_backoff_epoch}, as far as known
     claimed:bool=False, # are they a configuration, which need not mention everything?
@@ -47,19 +47,19 @@ def augmentation(
         found["augment.crop_until_epoch"] = settings.get("translate_backoff_epoch")
     return found
 
-# %% ../../nbs/importing/02_names.ipynb #cell-12
+# %% ../../nbs/importing/02_names.ipynb #cell-14
 def widths(settings:object)->dict:
     "The widths of the three blocks, if a script names them: {block1: 64, block2: 256, block3: 256}."
     if not isinstance(settings, Mapping): return {}
     blocks = [settings.get(f"block{i}") for i in (1, 2, 3)]
     return {"model.widths": blocks} if all(isinstance(width, int) for width in blocks) else {}
 
-# %% ../../nbs/importing/02_names.ipynb #cell-15
+# %% ../../nbs/importing/02_names.ipynb #cell-17
 def _equal(a:object, b:object)->bool:
     if not (isinstance(a, float) or isinstance(b, float)): return a == b
     return all(isinstance(value, (int, float)) for value in (a, b)) and math.isclose(a, b, rel_tol=1e-6)
 
-# %% ../../nbs/importing/02_names.ipynb #cell-16
+# %% ../../nbs/importing/02_names.ipynb #cell-18
 def contradict(
     claimed:Mapping,    # settings that the configuration names
     effective:Mapping,  # settings that the log shows
@@ -69,13 +69,13 @@ def contradict(
     differing = [key for key in claimed if key in effective and not _equal(claimed[key], effective[key])]
     return [dict(setting=key, claimed=claimed[key], effective=effective[key], where=where) for key in differing]
 
-# %% ../../nbs/importing/02_names.ipynb #cell-17
+# %% ../../nbs/importing/02_names.ipynb #cell-19
 def contradiction_facts(contradictions:list[dict])->dict:
     "What provenance.json says about them."
     settings_claimed = {each["setting"]: each["claimed"] for each in contradictions}
     return dict(settings_claimed=settings_claimed, contradictions=contradictions)
 
-# %% ../../nbs/importing/02_names.ipynb #cell-20
+# %% ../../nbs/importing/02_names.ipynb #cell-22
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,79}")
 
 def safe_name(
@@ -84,7 +84,7 @@ def safe_name(
     "A name that is a plain folder: letters, digits, `_`, `.` and `-`, without a dot in front."
     return re.sub(r"[^A-Za-z0-9_.\-]+", "_", str(name)).lstrip(".-")[:80] or "unnamed"
 
-# %% ../../nbs/importing/02_names.ipynb #cell-21
+# %% ../../nbs/importing/02_names.ipynb #cell-23
 def check_name(
     name:str,
     what:str,   # what kind of name, for the error

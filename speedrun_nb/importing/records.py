@@ -38,7 +38,7 @@ def imported_fingerprint(run:ImportedRun, metrics:dict, study:Study)->str|None:
     if not run.losses or run.status != "completed": return None
     return fingerprint(run.losses, {name: value for name, value in metrics.items() if study.metrics[name].quality})
 
-# %% ../../nbs/importing/03_records.ipynb #cell-09
+# %% ../../nbs/importing/03_records.ipynb #cell-10
 def make_import_record(
     batch:ImportedBatch,
     run:ImportedRun,
@@ -78,7 +78,7 @@ def make_import_record(
         fingerprint=imported_fingerprint(run, metrics, study),
         tokens=run.tokens)
 
-# %% ../../nbs/importing/03_records.ipynb #cell-12
+# %% ../../nbs/importing/03_records.ipynb #cell-13
 def git_facts(
     commit:str|None,
     dirty:bool|None=None,
@@ -86,7 +86,7 @@ def git_facts(
     "The state of the code: a log shows a commit at best, and whether it had changes."
     return dict(commit=commit, dirty=dirty, diff_hash=None)
 
-# %% ../../nbs/importing/03_records.ipynb #cell-13
+# %% ../../nbs/importing/03_records.ipynb #cell-15
 _UNKNOWN = ("package_hash", "python", "os", "cpu", "cuda", "code", "started_at", "ended_at", "expected_runs")
 
 def import_provenance(batch:ImportedBatch, study:Study)->dict:
@@ -106,7 +106,7 @@ def import_provenance(batch:ImportedBatch, study:Study)->dict:
         imported_at=utc_now())
     return dict.fromkeys(_UNKNOWN) | empty | batch.facts | known
 
-# %% ../../nbs/importing/03_records.ipynb #cell-16
+# %% ../../nbs/importing/03_records.ipynb #cell-18
 def _write_lines(path:Path, records:list[dict])->None:
     "Write records, one a line, and sync them to the disk."
     with open(path, "w", encoding="utf-8") as file:
@@ -116,7 +116,7 @@ def _write_lines(path:Path, records:list[dict])->None:
         file.flush()
         os.fsync(file.fileno())
 
-# %% ../../nbs/importing/03_records.ipynb #cell-17
+# %% ../../nbs/importing/03_records.ipynb #cell-20
 def write_batch(
     outputs:Path,
     batch:ImportedBatch,
@@ -136,7 +136,7 @@ def write_batch(
     finally: shutil.rmtree(part, ignore_errors=True)
     return folder
 
-# %% ../../nbs/importing/03_records.ipynb #cell-20
+# %% ../../nbs/importing/03_records.ipynb #cell-23
 def imported_ids(
     outputs:Path,
     source:Source,

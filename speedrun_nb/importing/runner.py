@@ -52,7 +52,7 @@ _PROBLEMS = (
     re.compile(r"Run (?P<run>\d{1,9}) (?P<why>interrupted by user)"),
     re.compile(r"WARNING: (?P<why>No validation loss captured) for run (?P<run>\d{1,9})"))
 
-# %% ../../nbs/importing/05_runner.ipynb #cell-08
+# %% ../../nbs/importing/05_runner.ipynb #cell-09
 def _read_value(log:ExperimentLog, message:str, line:int)->bool:
     "Keep what a message says of the experiment, if anything; the first line with a value counts."
     said, loaded, processes = _VALUE.match(message), _LOADED.match(message), _PROCESSES.search(message)
@@ -63,7 +63,7 @@ def _read_value(log:ExperimentLog, message:str, line:int)->bool:
     log.values.setdefault(name, (value, line))
     return True
 
-# %% ../../nbs/importing/05_runner.ipynb #cell-09
+# %% ../../nbs/importing/05_runner.ipynb #cell-11
 def _read_result(log:ExperimentLog, found:re.Match, line:int, time:str)->None:
     "Keep the line of a run that ended well: accuracy=0.9401, time=4.38s."
     results = re.findall(r"(\w+)=(nan|\d+\.?\d*)", found[2])
@@ -78,7 +78,7 @@ def _read_problem(log:ExperimentLog, found:re.Match, line:int, time:str)->None:
     seed = max(started)[1] if started else None
     log.problems[number, seed] = found["why"], line, time
 
-# %% ../../nbs/importing/05_runner.ipynb #cell-10
+# %% ../../nbs/importing/05_runner.ipynb #cell-13
 def _read_message(log:ExperimentLog, message:str, line:int, time:str)->None:
     "Keep what one line says."
     if started := _STARTED.match(message):
@@ -89,7 +89,7 @@ def _read_message(log:ExperimentLog, message:str, line:int, time:str)->None:
     for pattern in _PROBLEMS:
         if problem := pattern.match(message): _read_problem(log, problem, line, time)
 
-# %% ../../nbs/importing/05_runner.ipynb #cell-11
+# %% ../../nbs/importing/05_runner.ipynb #cell-14
 def read_experiment_log(source:Source)->ExperimentLog:
     "Read experiment.log."
     head = source.text[:4000]
@@ -100,7 +100,7 @@ def read_experiment_log(source:Source)->ExperimentLog:
         _read_message(log, found[2], line, timestamp(found[1], source.at(line)))
     return log
 
-# %% ../../nbs/importing/05_runner.ipynb #cell-14
+# %% ../../nbs/importing/05_runner.ipynb #cell-17
 def logged_config(log:ExperimentLog)->dict:
     "The configuration that the log repeats; empty if it does not. Raises `SpeedrunError` with the line."
     nothing = ("", 0)
@@ -110,7 +110,7 @@ def logged_config(log:ExperimentLog)->dict:
     try: return json.JSONDecoder().raw_decode(text, text.index("{"))[0]
     except ValueError as error: raise log.source.at(line).error(f"the configuration is not JSON: {error}") from None
 
-# %% ../../nbs/importing/05_runner.ipynb #cell-17
+# %% ../../nbs/importing/05_runner.ipynb #cell-20
 @dataclass(frozen=True)
 class Experiment:
     "An experiment folder."
@@ -143,17 +143,17 @@ class Experiment:
 
     def at(self, line:int)->str: return str(self.log.source.at(line))
 
-# %% ../../nbs/importing/05_runner.ipynb #cell-18
+# %% ../../nbs/importing/05_runner.ipynb #cell-22
 MEMBERS = ("results.jsonl", "experiment.log", "hyperparameters.json", "config.json", "summary.json", "metrics.jsonl")
 
-# %% ../../nbs/importing/05_runner.ipynb #cell-19
+# %% ../../nbs/importing/05_runner.ipynb #cell-24
 def _configuration(there:dict[str, Source], log:ExperimentLog|None)->tuple[dict, str|None]:
     "The configuration that was asked for, and the file that holds it."
     for name in ("hyperparameters.json", "config.json"):
         if name in there: return there[name].json, there[name].name
     return (logged_config(log), log.source.name) if log else ({}, None)
 
-# %% ../../nbs/importing/05_runner.ipynb #cell-20
+# %% ../../nbs/importing/05_runner.ipynb #cell-26
 def read_experiment(
     folder:Source,   # the folder, not yet a file
 )->Experiment:
@@ -172,7 +172,7 @@ def read_experiment(
         rows=rows,
         summary=there["summary.json"].json if "summary.json" in there else {})
 
-# %% ../../nbs/importing/05_runner.ipynb #cell-23
+# %% ../../nbs/importing/05_runner.ipynb #cell-29
 def _gpu_names(gpu:Mapping, head:Mapping)->list[str]:
     "Names of the GPUs, of a summary's `gpu_info` or the head of a log."
     devices = gpu.get("devices")
@@ -182,14 +182,14 @@ def _gpu_names(gpu:Mapping, head:Mapping)->list[str]:
     without_size = [re.sub(r" \([\d.]+ GB\)$", "", value) for value in logged]
     return [str(name) for name in named if name] or without_size
 
-# %% ../../nbs/importing/05_runner.ipynb #cell-24
+# %% ../../nbs/importing/05_runner.ipynb #cell-31
 def _expected_runs(experiment:Experiment)->int|None:
     "How many runs were asked for."
     asked, line = experiment.logged("Number of runs")
     if asked is None: asked = nested(experiment.summary, "additional_info").get("n_runs")
     return whole(asked, "number of runs", experiment.source.at(line))
 
-# %% ../../nbs/importing/05_runner.ipynb #cell-25
+# %% ../../nbs/importing/05_runner.ipynb #cell-32
 def _started_and_ended(experiment:Experiment, head:Mapping)->dict:
     "When the experiment ran. A summary that was made later, on another clock, may seem to end before the start."
     place = Place(experiment.shown)
@@ -198,7 +198,7 @@ def _started_and_ended(experiment:Experiment, head:Mapping)->dict:
     if started and ended and ended < started: ended = None
     return dict(started_at=started, ended_at=ended)
 
-# %% ../../nbs/importing/05_runner.ipynb #cell-26
+# %% ../../nbs/importing/05_runner.ipynb #cell-33
 def _git(summary:Mapping, head:Mapping)->dict:
     "The state of the code."
     logged = {"True": True, "False": False}.get(head.get("Dirty"))
@@ -221,14 +221,14 @@ def machine_facts(experiment:Experiment)->dict:
         expected_runs=_expected_runs(experiment),
         **_started_and_ended(experiment, head))
 
-# %% ../../nbs/importing/05_runner.ipynb #cell-29
+# %% ../../nbs/importing/05_runner.ipynb #cell-36
 def row_key(row:Mapping, place:Place)->tuple[int|None, int|None]:
     "Which run a row is of: its number and its seed."
     return whole(row.get("run_id"), "run_id", place), whole(row.get("seed"), "seed", place)
 
 def run_label(key:tuple)->str: return f"run {key[0]} seed {key[1]}"
 
-# %% ../../nbs/importing/05_runner.ipynb #cell-30
+# %% ../../nbs/importing/05_runner.ipynb #cell-38
 _FOLDER = re.compile(r"run_(\d{1,9})_seed_(\d{1,18})")
 
 def _run_folders(folder:Path)->list[tuple[int, int]]:
@@ -237,7 +237,7 @@ def _run_folders(folder:Path)->list[tuple[int, int]]:
     matches = [_FOLDER.fullmatch(path.name) for path in paths]
     return [(int(found[1]), int(found[2])) for found in matches if found]
 
-# %% ../../nbs/importing/05_runner.ipynb #cell-31
+# %% ../../nbs/importing/05_runner.ipynb #cell-40
 def _failed_starts(experiment:Experiment)->dict[tuple, dict]:
     "Runs that the log starts and does not end well: (number, seed) -> {error, started_at, ended_at}."
     log, found = experiment.log, {}
@@ -249,7 +249,7 @@ def _failed_starts(experiment:Experiment)->dict[tuple, dict]:
         found[key] = dict(error=f"{why} ({log.source.at(at)})", started_at=time, ended_at=ended)
     return found
 
-# %% ../../nbs/importing/05_runner.ipynb #cell-32
+# %% ../../nbs/importing/05_runner.ipynb #cell-42
 def missing_runs(
     experiment:Experiment,
     have:set,                  # (number, seed) of the rows
@@ -260,7 +260,7 @@ def missing_runs(
     ended_well = set(experiment.log.done) if experiment.log else set()
     return {key: value for key, value in known.items() if key not in have | ended_well}
 
-# %% ../../nbs/importing/05_runner.ipynb #cell-35
+# %% ../../nbs/importing/05_runner.ipynb #cell-45
 def logged_rows(
     experiment:Experiment,
     metrics:Mapping[str, str],     # the log's word for a metric -> the column of results.jsonl
@@ -274,18 +274,18 @@ def logged_rows(
         rows.append((run_label((run, seed)), row))
     return rows
 
-# %% ../../nbs/importing/05_runner.ipynb #cell-36
+# %% ../../nbs/importing/05_runner.ipynb #cell-47
 def row_place(experiment:Experiment, line:int|str)->Place:
     "Where a row is: a line of results.jsonl, or the log as a whole."
     return experiment.source.at(line if isinstance(line, int) else None)
 
-# %% ../../nbs/importing/05_runner.ipynb #cell-38
+# %% ../../nbs/importing/05_runner.ipynb #cell-49
 def with_order(runs:list[ImportedRun])->tuple[ImportedRun, ...]:
     "Number runs in the order in which they started; as listed if that is not known of all."
     if all(run.started_at for run in runs): runs = sorted(runs, key=lambda run: run.started_at)
     return tuple(replace(run, order=i) for i, run in enumerate(runs))
 
-# %% ../../nbs/importing/05_runner.ipynb #cell-41
+# %% ../../nbs/importing/05_runner.ipynb #cell-52
 def _some_runs(keys:Iterable[tuple])->str:
     "The first five."
     return ", ".join(run_label(key) for key in sorted(keys)[:5])
@@ -306,7 +306,7 @@ def _count_notes(experiment:Experiment)->list[str]:
         notes.append(f"the log shows no start of {count(len(added))} in results.jsonl: {_some_runs(added)}")
     return notes
 
-# %% ../../nbs/importing/05_runner.ipynb #cell-42
+# %% ../../nbs/importing/05_runner.ipynb #cell-54
 def row_notes(
     experiment:Experiment,
     metric:str,

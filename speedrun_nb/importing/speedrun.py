@@ -75,7 +75,7 @@ def _attention_conv(given:dict)->dict:
     if not used: return {"model.attention_conv": "none", "model.attention_conv_kernel": None}
     return {"model.attention_conv": "grouped", "model.attention_conv_kernel": kernel}
 
-# %% ../../nbs/importing/10_speedrun.ipynb #cell-11
+# %% ../../nbs/importing/10_speedrun.ipynb #cell-12
 def experiment_options(text:str)->dict:
     "The block `Experiment config:`, in our names."
     _, _, after = text.partition("Experiment config:\n")
@@ -86,14 +86,14 @@ def experiment_options(text:str)->dict:
     if "use_mdha" in given: found |= _attention_conv(given)
     return {f"code.{name}": value for name, value in given.items()} | found
 
-# %% ../../nbs/importing/10_speedrun.ipynb #cell-14
+# %% ../../nbs/importing/10_speedrun.ipynb #cell-15
 def log_name(path:Path)->str:
     "What a log is called; the name of its folder if the file is called stdout or log."
     name = path.parent.name if path.stem in ("stdout", "log") else path.name
     while Path(name).suffix in (".txt", ".log", ".json"): name = Path(name).stem
     return safe_name(re.sub(r"(?<=[A-Za-z0-9])_\d{1,2}$", "", name))
 
-# %% ../../nbs/importing/10_speedrun.ipynb #cell-17
+# %% ../../nbs/importing/10_speedrun.ipynb #cell-18
 _STUDY = load_study("gpt")
 
 def source_settings(code:str|None)->tuple[dict, list[str]]:
@@ -103,7 +103,7 @@ def source_settings(code:str|None)->tuple[dict, list[str]]:
     stated = stated_settings(tree)
     return translate(stated, _STUDY.log_names) | optimizer_settings(tree, stated), []
 
-# %% ../../nbs/importing/10_speedrun.ipynb #cell-18
+# %% ../../nbs/importing/10_speedrun.ipynb #cell-19
 @reader("speedrun log", "text with the step lines of one NanoGPT run", has_steps, endings=(".txt", ".log", ""))
 def read_speedrun(source:Source)->list[ImportedBatch]:
     "The one run of a text log. Raises `SpeedrunError` with the line."

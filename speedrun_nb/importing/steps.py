@@ -32,7 +32,7 @@ def _series(rows:np.ndarray)->LossSeries:
     "Of (n, 4) rows: step, loss, ms, sequence length."
     return LossSeries(rows[:, 0].astype(int), rows[:, 1], rows[:, 2])
 
-# %% ../../nbs/importing/04_steps.ipynb #cell-07
+# %% ../../nbs/importing/04_steps.ipynb #cell-08
 @dataclass(frozen=True, kw_only=True)
 class Steps:
     "What a training script printed of one run."
@@ -51,7 +51,7 @@ class Steps:
     @property
     def last(self)->int: return int(max([*self.train.step[-1:], *self.val.step[-1:]], default=0))
 
-# %% ../../nbs/importing/04_steps.ipynb #cell-09
+# %% ../../nbs/importing/04_steps.ipynb #cell-10
 _STEP = re.compile(
     r"step:(?P<step>\d{1,9})/(?P<total>\d{1,9}) (?P<kind>train|val)_loss:(?P<loss>\S+) "
     r"train_time:(?P<ms>[\d.]+)ms(?: step_avg:\S+?ms)?(?: T_curr:(?P<length>\d{1,9}))?")
@@ -60,14 +60,14 @@ def has_steps(source:Source)->bool:
     "Does a text hold step lines?"
     return bool(_STEP.search(source.text))
 
-# %% ../../nbs/importing/04_steps.ipynb #cell-10
+# %% ../../nbs/importing/04_steps.ipynb #cell-12
 def _loss_and_time(source:Source, match:re.Match)->tuple[float, float]:
     try: return float(match["loss"]), float(match["ms"])
     except ValueError:
         why = f"{match[0][:80]!r} holds something that is not a number"
         raise source.at_character(match.start()).error(why) from None
 
-# %% ../../nbs/importing/04_steps.ipynb #cell-11
+# %% ../../nbs/importing/04_steps.ipynb #cell-13
 def _parse_lines(
     source:Source,
     matches:list[re.Match],
@@ -88,7 +88,7 @@ def _parse_lines(
         rows[kind].append((step, loss, ms, length))
     return {kind: np.array(values, dtype=float).reshape(-1, 4) for kind, values in rows.items()}
 
-# %% ../../nbs/importing/04_steps.ipynb #cell-13
+# %% ../../nbs/importing/04_steps.ipynb #cell-15
 def clock_start(
     steps:np.ndarray,  # (n,) in the order of the log
     ms:np.ndarray,     # (n,) the clock at each
@@ -98,7 +98,7 @@ def clock_start(
     if len(resets): return int(steps[resets[-1]])
     return 0 if np.any((steps >= 1) & (steps <= 10)) else 10
 
-# %% ../../nbs/importing/04_steps.ipynb #cell-16
+# %% ../../nbs/importing/04_steps.ipynb #cell-18
 _SLOW = re.compile(
     r"^.*?(torch\._dynamo hit config\.\w+_limit \(\d+\)|WON'T CONVERT|[Ff]alling back to eager).*$", re.MULTILINE)
 _FUNCTION = re.compile(r"function: '(\w+)' \((?:\S*/)?(\S+?)\)")
@@ -111,7 +111,7 @@ def _slow_words(source:Source, found:re.Match, steps:list[re.Match])->str:
     named = f" in '{function[1]}' ({function[2]})" if function else ""
     return f"{place}: after step {max(before, default=0)}: {found[1]}{named}"
 
-# %% ../../nbs/importing/04_steps.ipynb #cell-17
+# %% ../../nbs/importing/04_steps.ipynb #cell-20
 def compiler_fallbacks(source:Source, steps:list[re.Match])->tuple[str, ...]:
     "Where the compiler gave up: the first place of each kind."
     first = {}
@@ -119,19 +119,19 @@ def compiler_fallbacks(source:Source, steps:list[re.Match])->tuple[str, ...]:
         first.setdefault(found[1], found)
     return tuple(_slow_words(source, found, steps) for found in first.values())
 
-# %% ../../nbs/importing/04_steps.ipynb #cell-18
+# %% ../../nbs/importing/04_steps.ipynb #cell-22
 def _check_lines(source:Source)->None:
     "Refuse a step line that cannot be read. The last line of a log may be cut off."
     for number, line in enumerate(source.text.split("\n")[:-1], 1):
         if line.startswith("step:") and "loss" in line and not _STEP.match(line):
             raise source.at(number).error(f"{line[:80]!r} is not a step line")
 
-# %% ../../nbs/importing/04_steps.ipynb #cell-19
+# %% ../../nbs/importing/04_steps.ipynb #cell-23
 def _number_after(pattern:str, text:str)->int|None:
     found = re.search(pattern, text)
     return int(found[1]) if found else None
 
-# %% ../../nbs/importing/04_steps.ipynb #cell-21
+# %% ../../nbs/importing/04_steps.ipynb #cell-25
 def read_steps(
     source:Source,     # a text log, or what a script printed
     strict:bool=False, # refuse step lines that cannot be read; output of several processes may have torn lines
@@ -153,7 +153,7 @@ def read_steps(
         data_tokens=_number_after(r"Training DataLoader: total number of tokens: (\d{1,18})", source.text),
         slow=compiler_fallbacks(source, matches))
 
-# %% ../../nbs/importing/04_steps.ipynb #cell-25
+# %% ../../nbs/importing/04_steps.ipynb #cell-29
 def step_times(steps:Steps)->tuple[np.ndarray, np.ndarray]:
     "(k,) steps and (k,) milliseconds a step up to there, from the lines where the clock was read most often."
     read = steps.train if len(steps.train.ms) > 1 else steps.val
@@ -163,7 +163,7 @@ def step_times(steps:Steps)->tuple[np.ndarray, np.ndarray]:
     made = np.maximum(np.diff(at), 1)
     return at[1:], np.diff(ms) / made
 
-# %% ../../nbs/importing/04_steps.ipynb #cell-28
+# %% ../../nbs/importing/04_steps.ipynb #cell-32
 def _median(values:np.ndarray)->float|None:
     "None if there are none."
     return float(np.median(values)) if len(values) else None
@@ -179,7 +179,7 @@ def _median_times(steps:Steps)->list[float|None]:
     ends = np.searchsorted(at, steps.val.step, side="right")
     return [_median(ms[start:end]) for start, end in pairwise([0, *ends])]
 
-# %% ../../nbs/importing/04_steps.ipynb #cell-29
+# %% ../../nbs/importing/04_steps.ipynb #cell-34
 def curve_of(steps:Steps)->dict:
     "{step, val_loss, train_loss, time_seconds, step_ms}: a list each, with an entry for each validation."
     clock = np.where(steps.val.step > steps.start, steps.val.ms / 1000, 0.0)
@@ -190,7 +190,7 @@ def curve_of(steps:Steps)->dict:
         time_seconds=clock.tolist(),
         step_ms=_median_times(steps))
 
-# %% ../../nbs/importing/04_steps.ipynb #cell-32
+# %% ../../nbs/importing/04_steps.ipynb #cell-37
 def outcome(steps:Steps)->tuple[str, str|None]:
     "How a run ended: its status, and the error if it was not completed."
     last = [*steps.train.loss[-1:], *steps.val.loss[-1:]]
@@ -198,7 +198,7 @@ def outcome(steps:Steps)->tuple[str, str|None]:
     if steps.finished: return "completed", None
     return "failed", f"the log ends at step {steps.last} of {steps.total}, without a final validation"
 
-# %% ../../nbs/importing/04_steps.ipynb #cell-33
+# %% ../../nbs/importing/04_steps.ipynb #cell-38
 def final_metrics(steps:Steps)->dict:
     "The last losses, and the median time of a step."
     _, ms = step_times(steps)
@@ -207,7 +207,7 @@ def final_metrics(steps:Steps)->dict:
         train_loss=float(steps.train.loss[-1]) if len(steps.train.loss) else None,
         step_ms=_median(ms))
 
-# %% ../../nbs/importing/04_steps.ipynb #cell-34
+# %% ../../nbs/importing/04_steps.ipynb #cell-40
 def token_counts(
     steps:Steps,
     config:Mapping,  # settings in effect: batch size and sequence length
@@ -220,7 +220,7 @@ def token_counts(
         elif isinstance(length, int) and length: trained = steps.last * batch * length
     return dict(trained=trained, unique=steps.data_tokens) if trained or steps.data_tokens else None
 
-# %% ../../nbs/importing/04_steps.ipynb #cell-35
+# %% ../../nbs/importing/04_steps.ipynb #cell-42
 def run_of_steps(
     steps:Steps,
     row:int|str,        # of the run, see `ImportedRun`
@@ -243,7 +243,7 @@ def run_of_steps(
         tokens=token_counts(steps, config))
     return replace(run, **known)
 
-# %% ../../nbs/importing/04_steps.ipynb #cell-38
+# %% ../../nbs/importing/04_steps.ipynb #cell-45
 def shown_settings(steps:Steps|None)->dict:
     "How many steps the script was to make, and how often it validated."
     if steps is None: return {}

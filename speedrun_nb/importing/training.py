@@ -31,7 +31,7 @@ def _line_of_item(source:Source, key:str, index:int, value:object)->Place:
     alone = after_key[index].strip().rstrip(",") == json.dumps(value)
     return source.at(start.line + index + 1) if alone else start
 
-# %% ../../nbs/importing/11_training.ipynb #cell-06
+# %% ../../nbs/importing/11_training.ipynb #cell-07
 def json_numbers(
     source:Source,
     key:str,
@@ -49,7 +49,7 @@ def json_numbers(
             number(value, f"{key}[{i}]", place, low, high)  # raises with this line
     return checked
 
-# %% ../../nbs/importing/11_training.ipynb #cell-09
+# %% ../../nbs/importing/11_training.ipynb #cell-10
 _SERIES = ("train_losses", "val_losses", "train_times_ms", "steps")
 
 def _series(source:Source, logged:Mapping, key:str)->np.ndarray:
@@ -75,7 +75,7 @@ def training_steps(source:Source)->Steps|None:
         start=clock_start(at, ms),
         peak_mib=mib and int(mib))
 
-# %% ../../nbs/importing/11_training.ipynb #cell-12
+# %% ../../nbs/importing/11_training.ipynb #cell-13
 _STUDY = load_study("gpt")
 
 def _training_settings(source:Source, code:str|None, steps:Steps|None)->tuple[dict, dict, dict]:
@@ -89,7 +89,7 @@ def _training_settings(source:Source, code:str|None, steps:Steps|None)->tuple[di
     config = _STUDY.log_settings | logged | claimed | used | shown_settings(steps)
     return config, claimed, used
 
-# %% ../../nbs/importing/11_training.ipynb #cell-13
+# %% ../../nbs/importing/11_training.ipynb #cell-14
 def _training_facts(source:Source, beside:Source|None, code:str|None, contradictions:list[dict])->dict:
     "For provenance.json: what the text log shows, and when the run began and ended."
     shown = log_facts(beside.text[len(code or ""):], code) if beside else {}
@@ -98,14 +98,14 @@ def _training_facts(source:Source, beside:Source|None, code:str|None, contradict
         ended_at=timestamp(source.json.get("end_time"), source.at_key("end_time")))
     return shown | contradiction_facts(contradictions) | times | dict(expected_runs=1)
 
-# %% ../../nbs/importing/11_training.ipynb #cell-14
+# %% ../../nbs/importing/11_training.ipynb #cell-16
 def is_training(source:Source)->bool:
     "A training log by its keys; if the JSON is damaged, by a word in it."
     try: keys = source.json.keys()
     except SpeedrunError: return '"training_data"' in source.text
     return "training_data" in keys or {"optimizer_configs", "ddp_world_size"} <= keys
 
-# %% ../../nbs/importing/11_training.ipynb #cell-15
+# %% ../../nbs/importing/11_training.ipynb #cell-18
 @reader("training log", "JSON with every loss of one NanoGPT run", is_training, endings=(".json",))
 def read_training(source:Source)->list[ImportedBatch]:
     "The one run of a training log in JSON. Raises `SpeedrunError` with the line."

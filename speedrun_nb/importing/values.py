@@ -30,7 +30,7 @@ def _parse_number(value:object, what:str, place:Place)->float:
 def _limits(low:float, high:float)->str:
     return f"between {low:g} and {high:g}" if math.isfinite(high) else f"at least {low:g}"
 
-# %% ../../nbs/importing/01_values.ipynb #cell-09
+# %% ../../nbs/importing/01_values.ipynb #cell-10
 def number(
     value:object,
     what:str,            # the name of the value, for errors
@@ -45,7 +45,7 @@ def number(
         raise place.error(f"{what}: {value:g} is not {_limits(low, high)}")
     return value
 
-# %% ../../nbs/importing/01_values.ipynb #cell-11
+# %% ../../nbs/importing/01_values.ipynb #cell-12
 def whole(value:object, what:str, place:Place)->int|None:
     "Check a whole number, such as a seed. Raises `SpeedrunError` with the line."
     value = number(value, what, place)
@@ -53,15 +53,15 @@ def whole(value:object, what:str, place:Place)->int|None:
     if math.isfinite(value) and float(value).is_integer(): return int(value)
     raise place.error(f"{what}: {value} is not a whole number")
 
-# %% ../../nbs/importing/01_values.ipynb #cell-12
+# %% ../../nbs/importing/01_values.ipynb #cell-13
 def plain_number(value:object):
     "Whole floats as whole numbers, so that 64 and 64.0 are one setting."
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
-# %% ../../nbs/importing/01_values.ipynb #cell-15
+# %% ../../nbs/importing/01_values.ipynb #cell-16
 def _as_text(moment:datetime.datetime)->str: return moment.isoformat(timespec="microseconds")
 
-# %% ../../nbs/importing/01_values.ipynb #cell-16
+# %% ../../nbs/importing/01_values.ipynb #cell-18
 def timestamp(
     text:object,         # ISO 8601, or with a blank or a comma as loggers write it; None
     place:Place,
@@ -73,7 +73,7 @@ def timestamp(
     if moment.tzinfo is None: moment = moment.replace(tzinfo=datetime.UTC)
     return _as_text(moment.astimezone(datetime.UTC))
 
-# %% ../../nbs/importing/01_values.ipynb #cell-17
+# %% ../../nbs/importing/01_values.ipynb #cell-19
 def seconds_before(
     time:str|None,        # of `timestamp`
     seconds:float|None,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LossSeries', 'Steps', 'has_steps', 'clock_start', 'compiler_fallbacks', 'read_steps', 'step_times', 'curve_of',
-           'outcome', 'final_metrics', 'token_counts', 'run_of_steps', 'shown_settings']
+           'ending_of', 'final_metrics', 'token_counts', 'run_of_steps', 'shown_settings']
 
 # %% ../../nbs/importing/04_steps.ipynb #cell-02
 import re
@@ -191,7 +191,7 @@ def curve_of(steps:Steps)->dict:
         step_ms=_median_times(steps))
 
 # %% ../../nbs/importing/04_steps.ipynb #cell-37
-def outcome(steps:Steps)->tuple[str, str|None]:
+def ending_of(steps:Steps)->tuple[str, str|None]:
     "How a run ended: its status, and the error if it was not completed."
     last = [*steps.train.loss[-1:], *steps.val.loss[-1:]]
     if not np.isfinite(last).all(): return "diverged", "a loss is not finite"
@@ -228,7 +228,7 @@ def run_of_steps(
     **known,            # what else is known of the run
 )->ImportedRun:
     "A run from its steps alone."
-    status, error = outcome(steps)
+    status, error = ending_of(steps)
     done = status == "completed"
     timed = done and steps.total > steps.start and steps.val.ms[-1] > 0
     run = ImportedRun(

@@ -56,7 +56,8 @@ def train(settings, seeds):
 
 def write_done(sweep, outputs, to_go=TO_GO):
     "Folders of all batches of a sweep but the last ones, like one that was really written for each variant."
-    from speedrun_nb.core.batch import plan_batch, run_batch
+    from speedrun_nb.core.batch import run_batch
+    from speedrun_nb.core.parameters import plan_batch
     from speedrun_nb.core.provenance import note
     from speedrun_nb.sweep.plan import as_frozen, plan
 
@@ -227,7 +228,8 @@ def our_share(project, cells, done, batches):
 
 def record_keeping(rounds=7):
     "Seconds that a batch takes to note code and machine, in this checkout, and to write its records: a part of the notebook, whoever executes it."
-    from speedrun_nb.core.batch import plan_batch, run_batch
+    from speedrun_nb.core.batch import run_batch
+    from speedrun_nb.core.parameters import plan_batch
 
     seconds = []
     with tempfile.TemporaryDirectory() as folder:

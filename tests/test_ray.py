@@ -9,7 +9,8 @@ import pytest
 from conftest import batch_folders, read_batch
 
 from speedrun_nb.core.errors import SpeedrunError
-from speedrun_nb.core.provenance import process_started, read_provenance
+from speedrun_nb.core.machine import process_started
+from speedrun_nb.core.provenance import read_provenance
 from speedrun_nb.sweep import ray_engine
 from speedrun_nb.sweep.drive import Drive
 from speedrun_nb.sweep.file import read_sweep

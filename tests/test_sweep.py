@@ -30,9 +30,11 @@ from faults import (
 
 from speedrun_nb.core import provenance
 from speedrun_nb.core import records as record_files
-from speedrun_nb.core.batch import plan_batch, record_failure, run_batch
+from speedrun_nb.core.batch import record_failure, run_batch
+from speedrun_nb.core.parameters import plan_batch
 from speedrun_nb.core.errors import SpeedrunError
-from speedrun_nb.core.provenance import give_up, process_started, read_provenance, this_process
+from speedrun_nb.core.machine import process_started, this_process
+from speedrun_nb.core.provenance import give_up, read_provenance
 from speedrun_nb.core.records import Ready, read_records
 from speedrun_nb.sweep.drive import Drive
 from speedrun_nb.sweep.file import read_sweep

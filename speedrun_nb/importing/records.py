@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..core.errors import SpeedrunError
 from ..core.provenance import utc_now
-from ..core.records import SCHEMA, fingerprint, json_ready, write_json
+from ..core.records import RECORD_SCHEMA, fingerprint, json_ready, write_json
 from ..core.settings import config_hash
 from ..core.study import Study
 from .formats import ImportedBatch, ImportedRun, Source
@@ -48,7 +48,7 @@ def make_import_record(
     metrics = imported_metrics(batch, run, study)
     config = batch.config if run.config is None else run.config
     return dict(
-        schema=SCHEMA,
+        schema=RECORD_SCHEMA,
         run_id=batch.run_id(run),
         study=study.name,
         profile=PROFILE,

@@ -21,9 +21,10 @@ from pathlib import Path
 
 import yaml
 
+from ..audit.copies import numbers
 from ..core.errors import SpeedrunError, nearest, one_of
 from ..core.settings import read_yaml
-from . import layout, numbers
+from . import layout
 from .execute import execute, extra
 from .qmd import INLINE, SHORTCODE, escape, for_format, front_matter, merge, read_parts, shortcodes
 from .quarto import find_quarto, quarto_version, run_quarto

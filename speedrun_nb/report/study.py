@@ -89,7 +89,7 @@ def _published(case:Case)->tuple[dict[str, Variant], list[Group]]:
 
 def _as_published(case:Case, baseline:Group, group:Group)->Variant:
     "A variant by what its logs show, with the title of ours that it is named after."
-    name = without_stage(group.variant)
+    name = without_stage(case.study, group.variant)
     known = read_yaml(case.study.params / f"{name}.yaml") if name in variant_names(case.study) else {}
     return Variant(case.study, group.name, case.profile, known.get("title", group.variant), None, group.config or {}, baseline.config or {}, claim_of(case.study, group.variant), "Published runs.")
 

@@ -15,7 +15,7 @@ import numpy as np
 from scipy import optimize, special, stats
 
 from ..core.errors import one_of
-from ..core.provenance import cpu_cores
+from ..core.machine import cpu_cores
 from .describe import finite, spread
 from .tests import LEVEL, welch
 

@@ -16,8 +16,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..core.batch import STOP, BatchPlan, batch_name, record_failure
+from ..core.batch import STOP, record_failure
 from ..core.errors import SpeedrunError
+from ..core.parameters import BatchPlan, batch_name
 from ..core.plans import freeze
 from ..core.provenance import batch_state
 from ..core.study import from_root

@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core.batch import read_seeds
 from ..core.errors import SpeedrunError, one_of
+from ..core.parameters import read_seeds
 from ..core.plans import FOLDER
 from ..core.settings import read_yaml
 from ..core.study import Guard, Study, from_root, load_study

@@ -16,16 +16,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..core.errors import SpeedrunError
+from ..core.machine import still_runs, this_process
 from ..core.plans import FOLDER
-from speedrun_nb.core.provenance import (
-    DEAD_AFTER_SECONDS,
-    HEARTBEAT_SECONDS,
-    give_up,
-    read_provenance,
-    still_runs,
-    this_process,
-    utc_now,
-)
+from ..core.provenance import DEAD_AFTER_SECONDS, HEARTBEAT_SECONDS, give_up, read_provenance, utc_now
 from .worker import end_process
 
 # %% ../../nbs/sweep/04_leases.ipynb #cell-05

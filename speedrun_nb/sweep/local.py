@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.errors import SpeedrunError
-from ..core.provenance import host_id
+from ..core.machine import host_id
 from ..core.study import project_root
 from ..core.variants import cuda_is_available
 from .worker import end_children

@@ -11,17 +11,9 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from speedrun_nb.core.batch import (
-    BatchPlan,
-    batch_name,
-    check_machine,
-    default_parameters,
-    make_folder,
-    notebook_parameters,
-    plan_batch,
-    record_failure,
-)
+from ..core.batch import check_machine, make_folder, record_failure
 from ..core.errors import SpeedrunError
+from ..core.parameters import BatchPlan, batch_name, default_parameters, notebook_parameters, plan_batch
 from ..core.provenance import note
 from ..core.study import project_root
 

@@ -10,8 +10,9 @@ import functools
 import random
 from dataclasses import asdict, dataclass
 
+from ..core.machine import git_state, host_id, package_hash
 from ..core.plans import SweepPlan
-from ..core.provenance import git_state, host_id, package_hash, utc_now
+from ..core.provenance import utc_now
 from ..core.records import run_id
 from ..core.study import project_root
 from .file import Condition, Sweep

@@ -17,7 +17,7 @@ from speedrun_nb.core.errors import SpeedrunError
 from speedrun_nb.core.records import FIELDS, Ready, Result, append_record
 from speedrun_nb.report.study import made_up_runs
 from speedrun_nb.sweep.file import promoted_file, read_stage, read_sweep
-from speedrun_nb.sweep.local import Slot
+from speedrun_nb.sweep.slots import Slot
 
 COMMANDS = [
     "doctor",

@@ -52,11 +52,10 @@ def import_command(
     outputs:Outputs="outputs",
     as_json:JSON=False,
 ):
-    """Import published runs: experiment folders (results.jsonl), log.json of benchmark scripts, the speedrun's
-    text logs, CSV grids.
+    """Import published runs: folders of experiments, logs of training scripts, CSV files with a run in each row.
 
     They become ordinary records in the profile `published`. Importing twice adds nothing; a file that cannot be read
-    is named, and the others are imported.
+    is named, and the others are imported. An error lists the formats that are known.
 
     Example: `speedrun import logs/ --map params/maps/published.yaml`
     """

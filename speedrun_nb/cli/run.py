@@ -100,7 +100,8 @@ def make_engine(
         return RayEngine(address, sweep.gpus_per_batch, several, resource)
     if address or resource:
         raise SpeedrunError("--address and --resource are options of the Ray engine; add --engine ray")
-    from speedrun_nb.sweep.local import LocalEngine, share_out, visible_gpus
+    from speedrun_nb.sweep.local import LocalEngine
+    from speedrun_nb.sweep.slots import share_out, visible_gpus
     return LocalEngine(share_out(visible_gpus(), sweep.gpus_per_batch, several))
 
 # %% ../../nbs/cli/01_run.ipynb #cell-12

@@ -148,7 +148,7 @@ def quickest(rounds, work, *given):
 def compare(sizes, rounds, folder):
     "Compare two variants whose runs are from two hosts: the permutation test alone, and everything."
     from speedrun_nb.core.study import load_study
-    from speedrun_nb.evidence.comparison import compare_groups
+    from speedrun_nb.evidence.verdict import compare_groups
     from speedrun_nb.evidence.groups import find_group
     from speedrun_nb.evidence.strata import samples
     from speedrun_nb.stats.permutation import permutation_test

@@ -14,7 +14,7 @@ from statsmodels.stats.weightstats import CompareMeans, DescrStatsW
 
 from speedrun_nb.core.errors import SpeedrunError
 from speedrun_nb.core.study import Claim, Guard, Metric
-from speedrun_nb.evidence.comparison import compare_groups as compare
+from speedrun_nb.evidence.verdict import compare_groups as compare
 from speedrun_nb.evidence.groups import Group, find_group, make_group, select, split
 from speedrun_nb.evidence.guard import non_inferiority
 from speedrun_nb.evidence.paired import choose_estimate

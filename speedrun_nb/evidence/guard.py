@@ -62,7 +62,8 @@ def guard(
 )->GuardResult:
     "One-sided tests of an estimate against a margin. Raises `SpeedrunError` for a margin below 0 or not finite."
     if not 0 <= margin < math.inf:
-        raise SpeedrunError(f"the margin of {metric.name} is {margin}; it takes a number from 0 up, in the metric's unit")
+        raise SpeedrunError(f"the margin of {metric.name} is {margin}; "
+                            "it takes a number from 0 up, in the metric's unit")
     if estimate is None:
         difference = variant.mean - baseline.mean if variant.n and baseline.n else None
         return GuardResult(metric.name, margin, baseline, variant, difference, None, None, None, "undecided", None)

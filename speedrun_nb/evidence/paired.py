@@ -104,7 +104,8 @@ def _paired_estimate(variant:np.ndarray, baseline:np.ndarray)->Estimate:
     n, d = len(variant), variant - baseline
     variance, covariance = float(baseline.var(ddof=1)), float(np.cov(d, baseline)[0, 1])
     return Estimate(
-        "paired", float(d.mean()), spread(d) / math.sqrt(n), n - 1, float(baseline.mean()), variance / n, covariance / n, 2 * n)
+        "paired", absolute=float(d.mean()), se=spread(d) / math.sqrt(n), df=n - 1, baseline=float(baseline.mean()),
+        variance_baseline=variance / n, covariance=covariance / n, n=2 * n)
 
 def _gain(variant:np.ndarray, baseline:np.ndarray, host:np.ndarray)->float:
     "What pairing gains, in runs."
@@ -127,8 +128,9 @@ def paired(
     alike = r is not None and r > 0 and p / 2 < _SURE
     helps = alike and len(table) >= _PAIRS and share >= _SHARE and gain > 1
     return Paired(
-        n=len(table), mean=e.absolute, sd=spread(v - b), t=e.absolute / e.se, df=e.df, p=e.p(), ci95=e.interval(),
-        ci95_relative=e.relative_interval(), correlation=r, correlation_p=p, gain=gain, share=share, helps=helps, estimate=e)
+        n=len(table), mean=e.absolute, sd=spread(v - b), t=e.absolute / e.se, df=e.df, p=e.p(),
+        ci95=e.interval(), ci95_relative=e.relative_interval(), correlation=r, correlation_p=p,
+        gain=gain, share=share, helps=helps, estimate=e)
 
 # %% ../../nbs/evidence/04_paired.ipynb #cell-27
 def choose_estimate(

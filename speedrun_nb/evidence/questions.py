@@ -39,7 +39,8 @@ def read_margin(
         suggestion = nearest(name, study.metrics)
         raise SpeedrunError(f'margin {text!r}: there is no metric "{name}".{suggestion} Write {_MARGIN_FORM}')
     try: return study.metrics[name], float(value)
-    except ValueError: raise SpeedrunError(f"margin {text!r}: {value!r} is not a number; write {_MARGIN_FORM}") from None
+    except ValueError:
+        raise SpeedrunError(f"margin {text!r}: {value!r} is not a number; write {_MARGIN_FORM}") from None
 
 # %% ../../nbs/evidence/10_questions.ipynb #cell-10
 def _wall_seconds(

@@ -70,7 +70,7 @@ def stratum_labels(
     baseline:Group,
     variant:Group,
     metric:Metric|None=None,  # only runs with a value of it are counted; None: all
-)->tuple[str|None,pd.Series,pd.Series]:  # host, block or None (one stratum); labels of the baseline's runs and of the variant's
+)->tuple[str|None,pd.Series,pd.Series]:  # host, block or None (one stratum); labels of both groups' runs
     "Sort the runs of two groups into strata."
     groups = baseline, variant
     by_host, places = _places(groups)
@@ -126,10 +126,12 @@ def combine_estimates(
     "A weighted mean of estimates; degrees of freedom after Satterthwaite (1946)."
     errors = weights * _column(estimates, "se")
     se = float(np.linalg.norm(errors))
-    df = float(1 / ((errors / se) ** 4 / _column(estimates, "df")).sum())
-    absolute, baseline = (float(weights @ _column(estimates, name)) for name in ("absolute", "baseline"))
-    variance, covariance = (float(weights**2 @ _column(estimates, name)) for name in ("variance_baseline", "covariance"))
-    return Estimate("stratified", absolute, se, df, baseline, variance, covariance, int(_column(estimates, "n").sum()))
+    return Estimate(
+        "stratified", absolute=float(weights @ _column(estimates, "absolute")), se=se,
+        df=float(1 / ((errors / se) ** 4 / _column(estimates, "df")).sum()),
+        baseline=float(weights @ _column(estimates, "baseline")),
+        variance_baseline=float(weights**2 @ _column(estimates, "variance_baseline")),
+        covariance=float(weights**2 @ _column(estimates, "covariance")), n=int(_column(estimates, "n").sum()))
 
 # %% ../../nbs/evidence/03_strata.ipynb #cell-26
 def inverse_variance(
@@ -176,7 +178,7 @@ class RandomEffects:
 def _between(effects:np.ndarray, errors:np.ndarray)->float:
     "tau² by the method of moments."
     others = ~np.eye(len(effects), dtype=bool)
-    scale = np.outer(inverse_variance(errors), errors**-2.0)[others].sum()  # sum(w) - sum(w^2) / sum(w), without cancellation
+    scale = np.outer(inverse_variance(errors), errors**-2.0)[others].sum()  # is sum(w) - sum(w^2) / sum(w)
     return max(0.0, float((cochran_q(effects, errors) - (len(effects) - 1)) / scale))
 
 def random_effects(
@@ -235,6 +237,7 @@ def stratified(
     runs = _column(estimates, "n")
     e = combine_estimates(estimates, runs / runs.sum())
     return Stratified(
-        absolute=e.absolute, relative=e.relative, se=e.se, df=e.df, z=e.absolute / e.se, p=e.p(), ci95=e.interval(),
-        ci95_relative=e.relative_interval(), better=e.better(metric), strata=len(estimates), **_heterogeneity(estimates),
-        random=random_effects(estimates), unused=sum(len(v) + len(b) for v, b in parts) - e.n, estimate=e)
+        absolute=e.absolute, relative=e.relative, se=e.se, df=e.df, z=e.absolute / e.se, p=e.p(),
+        ci95=e.interval(), ci95_relative=e.relative_interval(), better=e.better(metric),
+        strata=len(estimates), **_heterogeneity(estimates), random=random_effects(estimates),
+        unused=sum(len(v) + len(b) for v, b in parts) - e.n, estimate=e)

@@ -62,9 +62,14 @@ def name_groups(groups:Iterable[Group])->tuple[Group,...]:
     "The same groups with unique names: `variant`, or `variant@hash` if a variant has runs with several settings."
     groups = list(groups)
     times = Counter(g.variant for g in groups)
-    return tuple(replace(g, name=g.variant if times[g.variant] == 1 else f"{g.variant}@{str(g.config_hash)[:6]}")
-                 for g in groups)
+    named = []
+    for group in groups:
+        unique = times[group.variant] == 1
+        name = group.variant if unique else f"{group.variant}@{str(group.config_hash)[:6]}"
+        named.append(replace(group, name=name))
+    return tuple(named)
 
+# %% ../../nbs/evidence/02_case.ipynb #cell-11
 def _plans_for(
     plans:Mapping[str,SweepPlan],
     study:str,
@@ -74,7 +79,7 @@ def _plans_for(
     wanted = study, profile
     return {name: plan for name, plan in plans.items() if (plan.design["study"], plan.design["profile"]) == wanted}
 
-# %% ../../nbs/evidence/02_case.ipynb #cell-11
+# %% ../../nbs/evidence/02_case.ipynb #cell-12
 def make_case(
     frame:pd.DataFrame,                       # of `read_runs`
     study:Study,
@@ -93,8 +98,8 @@ def make_case(
     baseline = main_baseline(find_baselines(groups, own), plain)
     return Case(study, profile, rows, groups, baseline, provenances or {}, own, plans)
 
-# %% ../../nbs/evidence/02_case.ipynb #cell-15
-def _format(case:Case, group:Group)->str|None:
+# %% ../../nbs/evidence/02_case.ipynb #cell-16
+def _log_format(case:Case, group:Group)->str|None:
     "How a group's runs were logged; None for runs of this project."
     provenance = case.provenance(group.variant, group.runs["batch"].iloc[0])
     return (provenance.get("source") or {}).get("format")
@@ -108,15 +113,19 @@ def _likeness(a:Group, b:Group)->tuple[bool,int]:
     agreement = sum(1 if one[name] == other[name] else -1 for name in one.keys() & other.keys())
     return _clocks(a) == _clocks(b), agreement
 
-# %% ../../nbs/evidence/02_case.ipynb #cell-16
+# %% ../../nbs/evidence/02_case.ipynb #cell-17
 def nearest_baseline(case:Case, group:Group)->Group|None:
     "What a group is compared with; None for a baseline, and if nothing is alike."
     candidates = find_baselines(case.groups, case.own)
-    if not len(group.runs) or any(g is group for g in candidates): return None
-    alike = [g for g in candidates if _format(case, g) == _format(case, group)]
-    return max(alike, key=lambda g: (_likeness(g, group), g.variant == "baseline", len(g.runs)), default=None)
+    is_baseline = any(g is group for g in candidates)
+    if is_baseline or not len(group.runs): return None
+    logged = _log_format(case, group)
+    alike = [g for g in candidates if _log_format(case, g) == logged]
 
-# %% ../../nbs/evidence/02_case.ipynb #cell-17
+    def preference(candidate): return _likeness(candidate, group), candidate.variant == "baseline", len(candidate.runs)
+    return max(alike, key=preference, default=None)
+
+# %% ../../nbs/evidence/02_case.ipynb #cell-18
 def rivals(case:Case, baseline:Group)->list[Group]:
     "The groups that are compared with a baseline."
     nearest = [(g, nearest_baseline(case, g)) for g in case.groups]
@@ -128,7 +137,7 @@ def named_group(case:Case, group:Group)->Group:
         if (known.variant, known.config_hash) == (group.variant, group.config_hash): return known
     return group
 
-# %% ../../nbs/evidence/02_case.ipynb #cell-19
+# %% ../../nbs/evidence/02_case.ipynb #cell-20
 def focus(
     case:Case,
     baseline:Group|None,
@@ -141,7 +150,7 @@ def focus(
     theirs = pd.MultiIndex.from_arrays([case.rows["variant"], case.rows["config_hash"].astype(str)])
     return replace(case, rows=case.rows[theirs.isin(wanted)], groups=groups, baseline=baseline)
 
-# %% ../../nbs/evidence/02_case.ipynb #cell-20
+# %% ../../nbs/evidence/02_case.ipynb #cell-21
 def by_baseline(case:Case)->list[Case]:
     "A case for each baseline with what is compared with it, and one for the rest."
     nearest = {g.name: nearest_baseline(case, g) for g in case.groups}

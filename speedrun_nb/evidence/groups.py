@@ -165,13 +165,20 @@ def split(
     return [make_group(part) for _, part in rows.groupby(keys, dropna=False, sort=True)]
 
 # %% ../../nbs/evidence/00_groups.ipynb #cell-33
+def _distinct_digits(hashes:list[str])->int:
+    "How much of a hash tells it from the others."
+    for digits in range(6, 64):
+        if len({text[:digits] for text in hashes}) == len(hashes): return digits
+    return 64
+
 def _offer(groups:list[Group])->str:
     "How to name each of several groups of one variant, for messages."
-    hashes = [str(g.config_hash) for g in groups]
-    digits = 6
-    while digits < 64 and len({h[:digits] for h in hashes}) < len(hashes): digits += 1
-    names = [f"{g.variant}@{h[:digits]}" for g, h in zip(groups, hashes, strict=True)]
-    return ", ".join(f"{name} ({count(len(g.runs), 'completed run')})" for name, g in zip(names, groups, strict=True))
+    digits = _distinct_digits([str(g.config_hash) for g in groups])
+    offers = []
+    for group in groups:
+        completed = count(len(group.runs), "completed run")
+        offers.append(f"{group.variant}@{str(group.config_hash)[:digits]} ({completed})")
+    return ", ".join(offers)
 
 # %% ../../nbs/evidence/00_groups.ipynb #cell-34
 def _by_hash(groups:list[Group], name:str)->Group:
@@ -182,6 +189,7 @@ def _by_hash(groups:list[Group], name:str)->Group:
     shown = str(found[0].config_hash)[:max(6, len(prefix))]
     return replace(found[0], name=f"{variant}@{shown}")
 
+# %% ../../nbs/evidence/00_groups.ipynb #cell-35
 def _as_defined(groups:list[Group], variant:str, plain_hash:str)->Group:
     "The group with the settings that the variant has without overrides."
     for group in groups:
@@ -191,7 +199,7 @@ def _as_defined(groups:list[Group], variant:str, plain_hash:str)->Group:
         f"there are runs under other settings, by overrides or by an older definition: {_offer(groups)}. "
         f"Name one of these, or run {variant} as it is.")
 
-# %% ../../nbs/evidence/00_groups.ipynb #cell-35
+# %% ../../nbs/evidence/00_groups.ipynb #cell-36
 def _no_runs(rows:pd.DataFrame, variant:str, defined:bool)->SpeedrunError:
     "The error for a name without runs."
     known = _counts(rows["variant"])
@@ -199,7 +207,7 @@ def _no_runs(rows:pd.DataFrame, variant:str, defined:bool)->SpeedrunError:
     suggestion = nearest(variant, rows["variant"].unique())
     return SpeedrunError(f'there are no runs of a variant "{variant}".{suggestion} There are runs of: {known}.')
 
-# %% ../../nbs/evidence/00_groups.ipynb #cell-36
+# %% ../../nbs/evidence/00_groups.ipynb #cell-37
 def find_group(
     rows:pd.DataFrame,  # records of one study in one profile, from `select`
     name:str,           # a variant, or variant@prefix of a config_hash

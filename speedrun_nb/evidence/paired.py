@@ -56,6 +56,7 @@ def within(
     codes = np.unique(host, return_inverse=True)[1]
     return values - (np.bincount(codes, values) / np.bincount(codes))[codes]
 
+# %% ../../nbs/evidence/04_paired.ipynb #cell-13
 def _constant(
     values:np.ndarray,
     scale:float,        # the largest of the numbers that they were computed from
@@ -63,7 +64,7 @@ def _constant(
     "Do values differ only by rounding?"
     return bool(np.ptp(values) <= 10 * np.finfo(float).eps * scale)
 
-# %% ../../nbs/evidence/04_paired.ipynb #cell-13
+# %% ../../nbs/evidence/04_paired.ipynb #cell-14
 def correlate(
     variant:np.ndarray,   # (n,) one value a pair
     baseline:np.ndarray,  # (n,)
@@ -77,7 +78,7 @@ def correlate(
     r = float(np.clip(v @ b / (np.linalg.norm(v) * np.linalg.norm(b)), -1, 1))
     return r, min(1.0, float(2 * stats.beta.sf((1 + abs(r)) / 2, df / 2, df / 2)))
 
-# %% ../../nbs/evidence/04_paired.ipynb #cell-17
+# %% ../../nbs/evidence/04_paired.ipynb #cell-18
 _PAIRS, _SHARE, _SURE = 8, 0.8, 0.01  # what it takes for the paired analysis to be preferred
 
 @dataclass(frozen=True)
@@ -98,22 +99,27 @@ class Paired:
     helps:bool                             # is this the analysis to prefer?
     estimate:Estimate
 
-# %% ../../nbs/evidence/04_paired.ipynb #cell-18
+# %% ../../nbs/evidence/04_paired.ipynb #cell-19
 def _paired_estimate(variant:np.ndarray, baseline:np.ndarray)->Estimate:
     "The mean difference as an estimate."
-    n, d = len(variant), variant - baseline
-    variance, covariance = float(baseline.var(ddof=1)), float(np.cov(d, baseline)[0, 1])
+    n, differences = len(variant), variant - baseline
     return Estimate(
-        "paired", absolute=float(d.mean()), se=spread(d) / math.sqrt(n), df=n - 1, baseline=float(baseline.mean()),
-        variance_baseline=variance / n, covariance=covariance / n, n=2 * n)
+        "paired",
+        absolute=float(differences.mean()),
+        se=spread(differences) / math.sqrt(n),
+        df=n - 1,
+        baseline=float(baseline.mean()),
+        variance_baseline=float(baseline.var(ddof=1)) / n,
+        covariance=float(np.cov(differences, baseline)[0, 1]) / n,
+        n=2 * n)
 
 def _gain(variant:np.ndarray, baseline:np.ndarray, host:np.ndarray)->float:
     "What pairing gains, in runs."
     df = max(1, len(host) - len(set(host)))
-    unpaired = sum(float((within(values, host)**2).sum()) for values in (variant, baseline)) / df
-    return unpaired / spread(variant - baseline)**2
+    squares = [float((within(values, host)**2).sum()) for values in (variant, baseline)]
+    return sum(squares) / df / spread(variant - baseline)**2
 
-# %% ../../nbs/evidence/04_paired.ipynb #cell-19
+# %% ../../nbs/evidence/04_paired.ipynb #cell-20
 def paired(
     baseline:Group,
     variant:Group,
@@ -121,18 +127,19 @@ def paired(
 )->Paired|None:  # None for fewer than two pairs, and if all differences are equal
     "Student's t test of the paired differences."
     table = pairs(baseline, variant, metric.name)
-    v, b, host = (table[name].to_numpy() for name in ("variant", "baseline", "host"))
-    if len(table) < 2 or _constant(v - b, max(abs(v).max(), abs(b).max())): return None
-    e, gain, (r, p) = _paired_estimate(v, b), _gain(v, b, host), correlate(v, b, host)
-    share = len(table) / max(len(finite(g.values(metric.name))) for g in (baseline, variant))
+    n, (v, b, host) = len(table), (table[name].to_numpy() for name in ("variant", "baseline", "host"))
+    if n < 2 or _constant(v - b, max(abs(v).max(), abs(b).max())): return None
+    e, gain = _paired_estimate(v, b), _gain(v, b, host)
+    r, p = correlate(v, b, host)
+    share = n / max(len(finite(g.values(metric.name))) for g in (baseline, variant))
     alike = r is not None and r > 0 and p / 2 < _SURE
-    helps = alike and len(table) >= _PAIRS and share >= _SHARE and gain > 1
+    helps = alike and n >= _PAIRS and share >= _SHARE and gain > 1
     return Paired(
-        n=len(table), mean=e.absolute, sd=spread(v - b), t=e.absolute / e.se, df=e.df, p=e.p(),
+        n=n, mean=e.absolute, sd=spread(v - b), t=e.absolute / e.se, df=e.df, p=e.p(),
         ci95=e.interval(), ci95_relative=e.relative_interval(), correlation=r, correlation_p=p,
         gain=gain, share=share, helps=helps, estimate=e)
 
-# %% ../../nbs/evidence/04_paired.ipynb #cell-27
+# %% ../../nbs/evidence/04_paired.ipynb #cell-28
 def choose_estimate(
     baseline:Group,
     variant:Group,

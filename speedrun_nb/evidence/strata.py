@@ -47,25 +47,29 @@ def _label(
     if by_block: words.append(f"block {block}" if block else "unknown block")
     return ", ".join(words) or "all runs"
 
+# %% ../../nbs/evidence/03_strata.ipynb #cell-09
 def _natural(label:str)->list:
     "A sort key under which block 10 follows block 9, and unknown ones come last."
     parts = [(len(part), part) if part.isdigit() else (0, part) for part in re.split(r"(\d+)", label)]
     return ["unknown" in label, parts]
 
-# %% ../../nbs/evidence/03_strata.ipynb #cell-09
+# %% ../../nbs/evidence/03_strata.ipynb #cell-10
 def _places(groups:tuple[Group,Group])->tuple[bool,list]:
     "Do hosts make strata? And for each group the (host, block) of every run, without hosts if they do not."
-    hosts, blocks = ([words_of(g, name) for g in groups] for name in ("host_id", "block"))
-    by_host = len({host for column in hosts for host in column} - {None}) > 1
-    if not by_host: hosts = [[None] * len(column) for column in hosts]
-    return by_host, [list(zip(*columns, strict=True)) for columns in zip(hosts, blocks, strict=True)]
+    hosts = [words_of(group, "host_id") for group in groups]
+    by_host = len(set(hosts[0] + hosts[1]) - {None}) > 1
+    places = []
+    for group, column in zip(groups, hosts, strict=True):
+        if not by_host: column = [None] * len(column)
+        places.append(list(zip(column, words_of(group, "block"), strict=True)))
+    return by_host, places
 
 def _counted(group:Group, places:list, metric:Metric|None)->list:
     "The places of the runs that have a value."
     if metric is None: return places
     return [place for place, known in zip(places, group.values(metric.name).notna(), strict=True) if known]
 
-# %% ../../nbs/evidence/03_strata.ipynb #cell-10
+# %% ../../nbs/evidence/03_strata.ipynb #cell-11
 def stratum_labels(
     baseline:Group,
     variant:Group,
@@ -81,7 +85,7 @@ def stratum_labels(
     columns = [pd.Series(words, index=g.runs.index, dtype=object) for g, words in zip(groups, labels, strict=True)]
     return kind, *columns
 
-# %% ../../nbs/evidence/03_strata.ipynb #cell-16
+# %% ../../nbs/evidence/03_strata.ipynb #cell-17
 def samples(
     baseline:Group,
     variant:Group,
@@ -94,7 +98,7 @@ def samples(
         for label, value in zip(labels, group.values(metric.name), strict=True): parts[label][side].append(value)
     return {label: tuple(map(finite, parts[label])) for label in sorted(parts, key=_natural)}
 
-# %% ../../nbs/evidence/03_strata.ipynb #cell-19
+# %% ../../nbs/evidence/03_strata.ipynb #cell-20
 @dataclass(frozen=True)
 class Stratum:
     "The runs of one host or block."
@@ -104,6 +108,7 @@ class Stratum:
     n_variant:int
     difference:Difference  # all None if a side is missing
 
+# %% ../../nbs/evidence/03_strata.ipynb #cell-21
 def strata(
     baseline:Group,
     variant:Group,
@@ -115,10 +120,11 @@ def strata(
     parts = samples(baseline, variant, metric)
     return tuple(Stratum(name, kind, len(b), len(v), difference(v, b, metric)) for name, (v, b) in parts.items())
 
-# %% ../../nbs/evidence/03_strata.ipynb #cell-23
+# %% ../../nbs/evidence/03_strata.ipynb #cell-25
 def _column(estimates:Iterable[Estimate], name:str)->np.ndarray:
     return np.array([getattr(estimate, name) for estimate in estimates])
 
+# %% ../../nbs/evidence/03_strata.ipynb #cell-26
 def combine_estimates(
     estimates:list[Estimate],  # one a stratum, independent
     weights:np.ndarray,        # summing to 1
@@ -133,7 +139,7 @@ def combine_estimates(
         variance_baseline=float(weights**2 @ _column(estimates, "variance_baseline")),
         covariance=float(weights**2 @ _column(estimates, "covariance")), n=int(_column(estimates, "n").sum()))
 
-# %% ../../nbs/evidence/03_strata.ipynb #cell-26
+# %% ../../nbs/evidence/03_strata.ipynb #cell-29
 def inverse_variance(
     errors:np.ndarray,  # (strata,) standard errors
 )->np.ndarray:          # (strata,) summing to 1
@@ -148,7 +154,7 @@ def cochran_q(
     "Weighted squares of the distances from the inverse-variance mean (Cochran 1954)."
     return float((((effects - inverse_variance(errors) @ effects) / errors) ** 2).sum())
 
-# %% ../../nbs/evidence/03_strata.ipynb #cell-28
+# %% ../../nbs/evidence/03_strata.ipynb #cell-31
 def heterogeneity_p(
     effects:np.ndarray,  # (strata,) at least two
     errors:np.ndarray,   # (strata,) standard errors
@@ -157,13 +163,14 @@ def heterogeneity_p(
     "The larger p of Welch's F (Welch 1951) and of Alexander and Govern's test (1994)."
     k, shares = len(effects), inverse_variance(errors)
     lack = float(((1 - shares) ** 2 / df).sum())
-    f = cochran_q(effects, errors) / (k - 1) / (1 + 2 * (k - 2) / (k * k - 1) * lack)
+    correction = 1 + 2 * (k - 2) / (k * k - 1) * lack
+    f = cochran_q(effects, errors) / (k - 1) / correction
     welch_p = float(stats.f.sf(f, k - 1, (k * k - 1) / (3 * lack)))
     deviates = stats.norm.isf(stats.t.sf(abs(effects - shares @ effects) / errors, df))
     govern_p = float(stats.chi2.sf((deviates**2).sum(), k - 1))
     return max(welch_p, govern_p)
 
-# %% ../../nbs/evidence/03_strata.ipynb #cell-32
+# %% ../../nbs/evidence/03_strata.ipynb #cell-35
 @dataclass(frozen=True)
 class RandomEffects:
     "The mean effect over machines of which these are a sample (DerSimonian and Laird 1986)."
@@ -174,13 +181,14 @@ class RandomEffects:
     ci95:tuple[float,float]   # normal
     p:float                   # normal, two-sided
 
-# %% ../../nbs/evidence/03_strata.ipynb #cell-33
+# %% ../../nbs/evidence/03_strata.ipynb #cell-36
 def _between(effects:np.ndarray, errors:np.ndarray)->float:
     "tau² by the method of moments."
     others = ~np.eye(len(effects), dtype=bool)
     scale = np.outer(inverse_variance(errors), errors**-2.0)[others].sum()  # is sum(w) - sum(w^2) / sum(w)
     return max(0.0, float((cochran_q(effects, errors) - (len(effects) - 1)) / scale))
 
+# %% ../../nbs/evidence/03_strata.ipynb #cell-37
 def random_effects(
     estimates:list[Estimate],  # one a stratum, at least two
 )->RandomEffects:
@@ -194,7 +202,7 @@ def random_effects(
     p = float(2 * stats.norm.sf(abs(mean) / se))
     return RandomEffects(mean, ratio(mean, baseline), se, tau2, (float(low), float(high)), p)
 
-# %% ../../nbs/evidence/03_strata.ipynb #cell-36
+# %% ../../nbs/evidence/03_strata.ipynb #cell-40
 @dataclass(frozen=True)
 class Stratified:
     "The effect within strata, combined. Values in the metric's stored unit."
@@ -216,7 +224,7 @@ class Stratified:
     unused:int                            # runs in strata that could not be compared
     estimate:Estimate
 
-# %% ../../nbs/evidence/03_strata.ipynb #cell-37
+# %% ../../nbs/evidence/03_strata.ipynb #cell-41
 def _heterogeneity(estimates:list[Estimate])->dict:
     "Do the strata agree?"
     effects, errors, df = (_column(estimates, name) for name in ("absolute", "se", "df"))
@@ -225,7 +233,7 @@ def _heterogeneity(estimates:list[Estimate])->dict:
     i2 = max(0.0, (q - expected) / q) if q else 0.0
     return dict(heterogeneity_q=q, heterogeneity_p=p, i2=i2, heterogeneous=p < ALPHA)
 
-# %% ../../nbs/evidence/03_strata.ipynb #cell-38
+# %% ../../nbs/evidence/03_strata.ipynb #cell-42
 def stratified(
     samples:Mapping[str,tuple[Iterable,Iterable]],  # label -> values of the variant, of the baseline
     metric:Metric,

@@ -110,6 +110,7 @@ def _subject(comparison:Comparison)->str:
 _BEGINNINGS = {"supported": "The runs support the claim that", "refuted": "The runs refute the claim that",
                "undecided": "The runs do not decide yet whether"}
 
+# %% ../../nbs/evidence/09_verdict.ipynb #cell-18
 def headline(comparison:Comparison)->str:
     "The first sentence."
     c, found = comparison, serious(comparison)
@@ -123,7 +124,7 @@ def headline(comparison:Comparison)->str:
     needed = f"at least {MINIMUM_RUNS} completed runs on each side"
     return f"It is too early to say whether {claim_text(c)}: that takes {needed}."
 
-# %% ../../nbs/evidence/09_verdict.ipynb #cell-21
+# %% ../../nbs/evidence/09_verdict.ipynb #cell-22
 def _towards(difference:float, metric:Metric)->str:
     "The direction of a difference."
     return "better" if (difference < 0) == (metric.better == "lower") else "worse"
@@ -137,7 +138,7 @@ def _means(comparison:Comparison, metric:Metric)->str:
     sides = comparison.variant, comparison.baseline
     return " and ".join(f"{metric.show(side.mean)} for {side.name} ({count(side.n)})" for side in sides)
 
-# %% ../../nbs/evidence/09_verdict.ipynb #cell-22
+# %% ../../nbs/evidence/09_verdict.ipynb #cell-23
 def _difference(comparison:Comparison, metric:Metric)->str:
     "Means and difference with its interval and test."
     answer, show = comparison.raw, partial(amount, metric)
@@ -152,19 +153,21 @@ def _difference(comparison:Comparison, metric:Metric)->str:
     if would_be: would_be += ", but it is not significant"
     return f"{text}{would_be} {figures}. This does not show that the two are equal."
 
-# %% ../../nbs/evidence/09_verdict.ipynb #cell-23
+# %% ../../nbs/evidence/09_verdict.ipynb #cell-24
 def measured(comparison:Comparison)->list[str]:
     "What was measured: both means, the difference, its interval and test."
     c, label = comparison, comparison.metric.label
-    empty = [side.name for side in (c.variant, c.baseline) if not side.n]
-    if empty: return [f"There is no completed run of {' or of '.join(empty)} with {label}."]
+    empty = " or of ".join(side.name for side in (c.variant, c.baseline) if not side.n)
+    if empty: return [f"There is no completed run of {empty} with {label}."]
+    known_spread = c.raw.p is not None
     metric = finer(c.metric, half(c.raw.ci95) if c.raw.ci95 else c.raw.absolute)
-    unknown_spread = c.raw.p is None
-    if not enough(c) and (c.claim or unknown_spread):
+    if not enough(c) and (c.claim or not known_spread):
         return [f"So far mean {label} is {_means(c, metric)}; {c.metric.better} is better."]
-    return [_difference(c, metric)] if unknown_spread else [_difference(c, metric), *between_strata(c, metric)]
+    reasons = [_difference(c, metric)]
+    if known_spread: reasons += between_strata(c, metric)
+    return reasons
 
-# %% ../../nbs/evidence/09_verdict.ipynb #cell-25
+# %% ../../nbs/evidence/09_verdict.ipynb #cell-26
 def _pooled(comparison:Comparison, metric:Metric)->str:
     "What pooling would have said; empty without an interval."
     pooled, kind, show = comparison.difference, comparison.strata[0].kind, partial(amount, metric)
@@ -173,6 +176,7 @@ def _pooled(comparison:Comparison, metric:Metric)->str:
     mixed = f"which mixes the difference between {kind}s into it"
     return f"Pooled without regard to {kind}s it would be {difference}, {mixed}."
 
+# %% ../../nbs/evidence/09_verdict.ipynb #cell-27
 def _each_stratum(comparison:Comparison, metric:Metric)->str:
     "The effect of every host or block; of more than four only the range."
     show = partial(amount, metric)
@@ -181,7 +185,7 @@ def _each_stratum(comparison:Comparison, metric:Metric)->str:
     values = [value for _, value in each]
     return f"{span((min(values), max(values)), show)} on {len(each)} {comparison.strata[0].kind}s"
 
-# %% ../../nbs/evidence/09_verdict.ipynb #cell-26
+# %% ../../nbs/evidence/09_verdict.ipynb #cell-28
 def _heterogeneity(comparison:Comparison, metric:Metric)->str:
     "By how much the effects differ, and what to expect of another host or block."
     found, kind = comparison.stratified, comparison.strata[0].kind
@@ -190,6 +194,7 @@ def _heterogeneity(comparison:Comparison, metric:Metric)->str:
     return (f"The effect differs between {kind}s ({test}): {_each_stratum(comparison, metric)}. "
             f"For another {kind} a random-effects estimate is {effect}.")
 
+# %% ../../nbs/evidence/09_verdict.ipynb #cell-29
 def between_strata(
     comparison:Comparison,
     metric:Metric,  # with decimals to match
@@ -201,7 +206,7 @@ def between_strata(
     if comparison.stratified.heterogeneous: reasons.append(_heterogeneity(comparison, metric))
     return reasons
 
-# %% ../../nbs/evidence/09_verdict.ipynb #cell-33
+# %% ../../nbs/evidence/09_verdict.ipynb #cell-36
 _AGAINST_CLAIM = {
     "established": "all of it at or beyond the claim",
     "excluded": "all of it short of the claim: an effect of the claimed size is excluded",
@@ -224,7 +229,7 @@ def effect_reason(
     interval = f"95 % interval {span(e.ci95_relative, show)}"
     return f"In relative terms {this} is {size(e.relative, show)} ({interval}), {_AGAINST_CLAIM[effect_outcome(c)]}."
 
-# %% ../../nbs/evidence/09_verdict.ipynb #cell-34
+# %% ../../nbs/evidence/09_verdict.ipynb #cell-37
 def family_reason(
     comparison:Comparison,  # with a family
 )->str:
@@ -234,6 +239,7 @@ def family_reason(
     return (f"It is one of {related.size} variants compared with {comparison.baseline.name}: "
             f"{corrected}, which is not significant.")
 
+# %% ../../nbs/evidence/09_verdict.ipynb #cell-39
 def pairing_reason(comparison:Comparison)->list[str]:
     "What pairing by seed adds, if it helps and does not lead already."
     c, pairs = comparison, comparison.paired
@@ -243,13 +249,13 @@ def pairing_reason(comparison:Comparison)->list[str]:
     return [f"Paired by seed ({count(pairs.n, 'pair')}, correlation {pairs.correlation:.2f}) the difference is "
             f"{difference}: as precise as {pairs.gain:.1f} times as many unpaired runs."]
 
-# %% ../../nbs/evidence/09_verdict.ipynb #cell-36
+# %% ../../nbs/evidence/09_verdict.ipynb #cell-41
 def _distance(value:float, interval:tuple|None, metric:Metric, alike:str)->str:
     "A distance from the frontier with its interval; `alike` if rounding leaves nothing of it."
     show = partial(amount, metric)
     return f"{change(value, show) if visible(value, show) else alike}{_within(interval, metric)}"
 
-# %% ../../nbs/evidence/09_verdict.ipynb #cell-37
+# %% ../../nbs/evidence/09_verdict.ipynb #cell-42
 def _at_equal_quality(comparison:Comparison)->str:
     "The distance in time, or why there is none."
     name, (time, quality), found = comparison.variant.name, comparison.frontier_metrics, comparison.frontier.time
@@ -261,6 +267,7 @@ def _at_equal_quality(comparison:Comparison)->str:
     takes = _distance(found.absolute, found.ci95, shown, "about as long")
     return f"For the {quality.label} that {name} reaches in {took} it would need {needs}: {name} takes {takes}."
 
+# %% ../../nbs/evidence/09_verdict.ipynb #cell-43
 def _at_equal_time(comparison:Comparison)->str:
     "The distance in quality, or why there is none."
     name, quality, found = comparison.variant.name, comparison.frontier_metrics[1], comparison.frontier.quality
@@ -270,7 +277,7 @@ def _at_equal_time(comparison:Comparison)->str:
     reaches = _distance(found.absolute, found.ci95, shown, "about the same")
     return f"Trained for as long as {name} it would reach {shown.show(found.reaches)}: {name} reaches {reaches}."
 
-# %% ../../nbs/evidence/09_verdict.ipynb #cell-38
+# %% ../../nbs/evidence/09_verdict.ipynb #cell-44
 def frontier_reason(
     comparison:Comparison,  # with a frontier
 )->list[str]:
@@ -286,7 +293,7 @@ def frontier_reason(
         reasons.append(f"{count(found.left_out, 'completed run')} of {c.variant.name} could not be placed beside it.")
     return reasons
 
-# %% ../../nbs/evidence/09_verdict.ipynb #cell-40
+# %% ../../nbs/evidence/09_verdict.ipynb #cell-46
 def _guard_bound(comparison:Comparison, metric:Metric)->str:
     "What the bounds on the worsening say about the margin."
     guard, show = comparison.guard, partial(amount, metric)
@@ -302,7 +309,7 @@ def _guard_bound(comparison:Comparison, metric:Metric)->str:
     kept = f"within the margin of {margin}: the guard is kept ({p_value(guard.p)})"
     return f"With 95 % confidence it is {limit}, {kept}."
 
-# %% ../../nbs/evidence/09_verdict.ipynb #cell-41
+# %% ../../nbs/evidence/09_verdict.ipynb #cell-47
 def guard_reason(
     comparison:Comparison,  # with a guard
 )->str:
@@ -320,7 +327,7 @@ def guard_reason(
     if visible(guard.difference, show): text += f", the {_towards(guard.difference, metric)} direction"
     return f"{text}. {_guard_bound(c, metric)}"
 
-# %% ../../nbs/evidence/09_verdict.ipynb #cell-45
+# %% ../../nbs/evidence/09_verdict.ipynb #cell-51
 def left_out(
     side:Side,
     label:str,  # of the metric
@@ -338,7 +345,7 @@ def left_out(
         reasons.append(f"The figures leave out {further} with a seed and repeat already counted.")
     return reasons
 
-# %% ../../nbs/evidence/09_verdict.ipynb #cell-47
+# %% ../../nbs/evidence/09_verdict.ipynb #cell-53
 def _judgement(comparison:Comparison)->list[str]:
     "The reasons that take enough runs."
     c = comparison
@@ -350,7 +357,7 @@ def _judgement(comparison:Comparison)->list[str]:
     if c.claim and serious(c): reasons.append(f"Without these problems the claim would be {by_figures(c)}.")
     return reasons
 
-# %% ../../nbs/evidence/09_verdict.ipynb #cell-48
+# %% ../../nbs/evidence/09_verdict.ipynb #cell-54
 def decide(
     comparison:Comparison,  # its own `verdict` is not looked at
 )->Verdict:
@@ -365,7 +372,7 @@ def paragraph(comparison:Comparison)->str:
     "The verdict's reasons as one paragraph for a paper."
     return " ".join(comparison.verdict.reasons)
 
-# %% ../../nbs/evidence/09_verdict.ipynb #cell-49
+# %% ../../nbs/evidence/09_verdict.ipynb #cell-55
 def compare_groups(
     baseline:Group,
     variant:Group,
@@ -381,7 +388,7 @@ def compare_groups(
     found = measure_groups(baseline, variant, claim, metrics, metric, budgets, goal, findings, related)
     return replace(found, verdict=decide(found))
 
-# %% ../../nbs/evidence/09_verdict.ipynb #cell-59
+# %% ../../nbs/evidence/09_verdict.ipynb #cell-65
 def compare_in(
     case:Case,
     baseline:Group,

@@ -46,7 +46,7 @@ def find_baselines(
     exact = [g for g in groups if g.variant == "baseline"]
     return exact if own and exact else [g for g in groups if "baseline" in g.variant.lower()]
 
-# %% ../../nbs/evidence/02_case.ipynb #cell-08
+# %% ../../nbs/evidence/02_case.ipynb #cell-09
 def main_baseline(
     baselines:Iterable[Group],
     plain:str|None=None,  # config_hash of the baseline as it is defined in params/
@@ -57,7 +57,7 @@ def main_baseline(
     if len({g.variant for g in candidates}) != 1: return None
     return max(candidates, key=lambda g: (g.config_hash == plain, len(g.runs)))
 
-# %% ../../nbs/evidence/02_case.ipynb #cell-10
+# %% ../../nbs/evidence/02_case.ipynb #cell-11
 def name_groups(groups:Iterable[Group])->tuple[Group,...]:
     "The same groups with unique names: `variant`, or `variant@hash` if a variant has runs with several settings."
     groups = list(groups)
@@ -69,7 +69,7 @@ def name_groups(groups:Iterable[Group])->tuple[Group,...]:
         named.append(replace(group, name=name))
     return tuple(named)
 
-# %% ../../nbs/evidence/02_case.ipynb #cell-11
+# %% ../../nbs/evidence/02_case.ipynb #cell-13
 def _plans_for(
     plans:Mapping[str,SweepPlan],
     study:str,
@@ -79,7 +79,7 @@ def _plans_for(
     wanted = study, profile
     return {name: plan for name, plan in plans.items() if (plan.design["study"], plan.design["profile"]) == wanted}
 
-# %% ../../nbs/evidence/02_case.ipynb #cell-12
+# %% ../../nbs/evidence/02_case.ipynb #cell-15
 def make_case(
     frame:pd.DataFrame,                       # of `read_runs`
     study:Study,
@@ -98,7 +98,7 @@ def make_case(
     baseline = main_baseline(find_baselines(groups, own), plain)
     return Case(study, profile, rows, groups, baseline, provenances or {}, own, plans)
 
-# %% ../../nbs/evidence/02_case.ipynb #cell-16
+# %% ../../nbs/evidence/02_case.ipynb #cell-19
 def _log_format(case:Case, group:Group)->str|None:
     "How a group's runs were logged; None for runs of this project."
     provenance = case.provenance(group.variant, group.runs["batch"].iloc[0])
@@ -113,7 +113,7 @@ def _likeness(a:Group, b:Group)->tuple[bool,int]:
     agreement = sum(1 if one[name] == other[name] else -1 for name in one.keys() & other.keys())
     return _clocks(a) == _clocks(b), agreement
 
-# %% ../../nbs/evidence/02_case.ipynb #cell-17
+# %% ../../nbs/evidence/02_case.ipynb #cell-21
 def nearest_baseline(case:Case, group:Group)->Group|None:
     "What a group is compared with; None for a baseline, and if nothing is alike."
     candidates = find_baselines(case.groups, case.own)
@@ -125,7 +125,7 @@ def nearest_baseline(case:Case, group:Group)->Group|None:
     def preference(candidate): return _likeness(candidate, group), candidate.variant == "baseline", len(candidate.runs)
     return max(alike, key=preference, default=None)
 
-# %% ../../nbs/evidence/02_case.ipynb #cell-18
+# %% ../../nbs/evidence/02_case.ipynb #cell-23
 def rivals(case:Case, baseline:Group)->list[Group]:
     "The groups that are compared with a baseline."
     nearest = [(g, nearest_baseline(case, g)) for g in case.groups]
@@ -137,7 +137,7 @@ def named_group(case:Case, group:Group)->Group:
         if (known.variant, known.config_hash) == (group.variant, group.config_hash): return known
     return group
 
-# %% ../../nbs/evidence/02_case.ipynb #cell-20
+# %% ../../nbs/evidence/02_case.ipynb #cell-25
 def focus(
     case:Case,
     baseline:Group|None,
@@ -150,7 +150,7 @@ def focus(
     theirs = pd.MultiIndex.from_arrays([case.rows["variant"], case.rows["config_hash"].astype(str)])
     return replace(case, rows=case.rows[theirs.isin(wanted)], groups=groups, baseline=baseline)
 
-# %% ../../nbs/evidence/02_case.ipynb #cell-21
+# %% ../../nbs/evidence/02_case.ipynb #cell-27
 def by_baseline(case:Case)->list[Case]:
     "A case for each baseline with what is compared with it, and one for the rest."
     nearest = {g.name: nearest_baseline(case, g) for g in case.groups}

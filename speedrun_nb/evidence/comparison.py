@@ -60,7 +60,7 @@ def _statistic(estimate:Estimate)->str:
     if estimate.method == "stratified" and estimate.df > 200: return f"z = {t}"
     return f"{_STATISTICS[estimate.method]} = {t}, df = {estimate.df:.1f}"
 
-# %% ../../nbs/evidence/08_comparison.ipynb #cell-10
+# %% ../../nbs/evidence/08_comparison.ipynb #cell-11
 def _compared(estimate:Estimate, baseline:Group, variant:Group, metric:Metric)->str:
     "Which runs were compared with which; empty if all were compared with all."
     if estimate.method == "paired": return f", in {estimate.n // 2} pairs of equal seeds"
@@ -71,7 +71,7 @@ def _compared(estimate:Estimate, baseline:Group, variant:Group, metric:Metric)->
     both = [name for name, (v, b) in parts.items() if len(v) and len(b)]
     return f", and only those on {both[0]} can be compared" if len(both) == 1 else f", on different {kind}s"
 
-# %% ../../nbs/evidence/08_comparison.ipynb #cell-11
+# %% ../../nbs/evidence/08_comparison.ipynb #cell-13
 def _relative_interval(estimate:Estimate, baseline:Group, variant:Group, metric:Metric)->tuple|None:
     "Fieller's interval; for a plain Welch comparison of all runs, the one that inverts the test."
     values = [g.values(metric.name) for g in (variant, baseline)]
@@ -79,7 +79,7 @@ def _relative_interval(estimate:Estimate, baseline:Group, variant:Group, metric:
     if estimate.method == "welch" and uses_all: return difference(*values, metric).ci95_relative
     return estimate.relative_interval()
 
-# %% ../../nbs/evidence/08_comparison.ipynb #cell-12
+# %% ../../nbs/evidence/08_comparison.ipynb #cell-15
 def raw_answer(
     baseline:Group,
     variant:Group,
@@ -94,7 +94,7 @@ def raw_answer(
         e.method, e.absolute, e.relative, e.interval(), _relative_interval(e, baseline, variant, metric),
         e.p(), e.better(metric), _statistic(e), _compared(e, baseline, variant, metric))
 
-# %% ../../nbs/evidence/08_comparison.ipynb #cell-13
+# %% ../../nbs/evidence/08_comparison.ipynb #cell-17
 def judged(
     raw:Answer,
     frontier:Frontier|None,
@@ -105,7 +105,7 @@ def judged(
     if metric.name != "time_seconds" or not at or not at.ci95_relative: return raw
     return Answer("frontier", at.absolute, at.relative, at.ci95, at.ci95_relative, at.p, frontier.better)
 
-# %% ../../nbs/evidence/08_comparison.ipynb #cell-17
+# %% ../../nbs/evidence/08_comparison.ipynb #cell-21
 @dataclass(frozen=True)
 class Side(Description):
     "One of the two groups: its description, and what became of the runs that are not in it."
@@ -116,14 +116,14 @@ class Side(Description):
     diverged:int
     duplicates:int
 
-# %% ../../nbs/evidence/08_comparison.ipynb #cell-18
+# %% ../../nbs/evidence/08_comparison.ipynb #cell-22
 def _side(group:Group, metric:str)->Side:
     "Describe a group in one metric."
     return Side(
         **vars(describe(group.values(metric))), name=group.name, variant=group.variant, config_hash=group.config_hash,
         failed=group.failed, diverged=group.diverged, duplicates=group.duplicates)
 
-# %% ../../nbs/evidence/08_comparison.ipynb #cell-19
+# %% ../../nbs/evidence/08_comparison.ipynb #cell-23
 @dataclass(frozen=True)
 class Tests:
     "Two-sided tests of no difference, and of what they assume. The permutation test shuffles within strata."
@@ -134,14 +134,14 @@ class Tests:
     levene:Levene|None
     shapiro:Shapiro|None
 
-# %% ../../nbs/evidence/08_comparison.ipynb #cell-20
+# %% ../../nbs/evidence/08_comparison.ipynb #cell-25
 def _tests(v, b, strata:list)->Tests:
     "All tests of two samples."
     permuted = permutation_test(strata) if strata else None
     return Tests(
         welch_test(v, b), student_test(v, b), mann_whitney_test(v, b), permuted, levene_test(v, b), shapiro_test(v, b))
 
-# %% ../../nbs/evidence/08_comparison.ipynb #cell-21
+# %% ../../nbs/evidence/08_comparison.ipynb #cell-27
 @dataclass(frozen=True)
 class Results:
     "What a comparison shows that an audit looks at: without tests, and quickly made."
@@ -157,7 +157,7 @@ class Results:
     target:TargetResult|None
     family:Family|None            # None if it is the only comparison
 
-# %% ../../nbs/evidence/08_comparison.ipynb #cell-23
+# %% ../../nbs/evidence/08_comparison.ipynb #cell-29
 @dataclass(frozen=True)
 class Verdict:
     "What the runs say about the claim."
@@ -168,14 +168,14 @@ COMPARISON_SCHEMA = 2
 _PARTS = ("baseline", "variant", "difference", "tests", "effect", "strata", "stratified", "paired", "guard", "frontier",
           "target", "family", "estimate")
 
-# %% ../../nbs/evidence/08_comparison.ipynb #cell-25
+# %% ../../nbs/evidence/08_comparison.ipynb #cell-31
 def _shown(part)->object:
     "A part as JSON. The `estimate` inside strata and pairs is for computing only."
     value = plain(part)
     if isinstance(part, (Stratified, Paired)): del value["estimate"]
     return value
 
-# %% ../../nbs/evidence/08_comparison.ipynb #cell-26
+# %% ../../nbs/evidence/08_comparison.ipynb #cell-33
 @dataclass(frozen=True)
 class Comparison(Results):
     "A variant against a baseline in one metric. Differences are variant minus baseline, in the stored unit."
@@ -200,7 +200,7 @@ class Comparison(Results):
         findings = [dict(id=f.id, severity=f.severity, message=f.message) for f in self.findings]
         return head | parts | dict(findings=findings, verdict=plain(self.verdict))
 
-# %% ../../nbs/evidence/08_comparison.ipynb #cell-28
+# %% ../../nbs/evidence/08_comparison.ipynb #cell-35
 def chosen_metric(
     metric:str|None,              # asked for
     claim:Claim|None,
@@ -210,7 +210,7 @@ def chosen_metric(
     default = claim.metric if claim else "time_seconds"
     return metrics[one_of(metric or default, metrics, "metric")]
 
-# %% ../../nbs/evidence/08_comparison.ipynb #cell-29
+# %% ../../nbs/evidence/08_comparison.ipynb #cell-37
 def _frontier_metrics(
     metrics:Mapping[str,Metric],
     claim:Claim|None,
@@ -222,7 +222,7 @@ def _frontier_metrics(
     qualities = [metrics[name] for name in wanted if name in metrics and metrics[name].quality]
     return (metrics["time_seconds"], qualities[0]) if qualities and "time_seconds" in metrics else None
 
-# %% ../../nbs/evidence/08_comparison.ipynb #cell-30
+# %% ../../nbs/evidence/08_comparison.ipynb #cell-39
 def _check_pair(baseline:Group, variant:Group)->None:
     "Raise `SpeedrunError` unless two groups may be compared."
     for what in ("study", "profile"):
@@ -233,7 +233,7 @@ def _check_pair(baseline:Group, variant:Group)->None:
     if (baseline.variant, baseline.config_hash) == (variant.variant, variant.config_hash):
         raise SpeedrunError(f"{baseline.name} and {variant.name} are the same group of runs; a comparison needs two")
 
-# %% ../../nbs/evidence/08_comparison.ipynb #cell-32
+# %% ../../nbs/evidence/08_comparison.ipynb #cell-41
 def results(
     baseline:Group,
     variant:Group,
@@ -258,7 +258,7 @@ def results(
         frontier=frontier(variant, budgets, *pair) if pair and len(budgets) > 1 else None, frontier_metrics=pair,
         target=target(baseline, variant, goal, metrics), family=related)
 
-# %% ../../nbs/evidence/08_comparison.ipynb #cell-33
+# %% ../../nbs/evidence/08_comparison.ipynb #cell-43
 def measure_groups(
     baseline:Group,
     variant:Group,
@@ -282,7 +282,7 @@ def measure_groups(
         stratified=stratified(parts, chosen), paired=paired(baseline, variant, chosen), raw=raw,
         estimate=judged(raw, found.frontier, chosen), findings=tuple(findings), verdict=Verdict("undecided", ()))
 
-# %% ../../nbs/evidence/08_comparison.ipynb #cell-40
+# %% ../../nbs/evidence/08_comparison.ipynb #cell-50
 def significance(
     case:Case,
     baseline:Group,
@@ -297,7 +297,7 @@ def significance(
         found[name] = (estimate.p(), estimate.better(metric)) if estimate else (None, None)
     return found
 
-# %% ../../nbs/evidence/08_comparison.ipynb #cell-42
+# %% ../../nbs/evidence/08_comparison.ipynb #cell-52
 def related_to(
     all_p:Mapping[str,tuple],  # of `significance`
     name:str,
@@ -307,7 +307,7 @@ def related_to(
     improves = {other: better for other, (_, better) in all_p.items()}
     return family(p_values, name, improves)
 
-# %% ../../nbs/evidence/08_comparison.ipynb #cell-43
+# %% ../../nbs/evidence/08_comparison.ipynb #cell-54
 def goal_of(case:Case, baseline:Group)->Target|None:
     "The speedrun's target; None for runs on data to which it does not apply."
     return None if case.study.notice(baseline.config or {}) else case.study.target

@@ -53,7 +53,7 @@ def _is_budget_of(group:Group, baseline:Group, budget:str)->bool:
     if not same_size or _budget_of(group, budget) is None: return False
     return _other_settings(group, budget) == _other_settings(baseline, budget)
 
-# %% ../../nbs/evidence/06_frontier.ipynb #cell-09
+# %% ../../nbs/evidence/06_frontier.ipynb #cell-10
 def budget_groups(
     groups:Iterable[Group],  # all groups of the study and profile
     baseline:Group,
@@ -64,7 +64,7 @@ def budget_groups(
     found = {_identity(g): g for g in [*groups, baseline] if _is_budget_of(g, baseline, budget)}
     return sorted(found.values(), key=lambda g: (_budget_of(g, budget), g.name))
 
-# %% ../../nbs/evidence/06_frontier.ipynb #cell-13
+# %% ../../nbs/evidence/06_frontier.ipynb #cell-14
 def _differing_setting(groups:list[Group])->str|None:
     "The setting in which the groups differ; None if they do not. Raises `SpeedrunError` if there are several."
     names = dict.fromkeys(name for g in groups for name in g.config)
@@ -75,7 +75,7 @@ def _differing_setting(groups:list[Group])->str|None:
             "they are no budgets of one baseline. Choose groups that differ in the budget alone, with `budget_groups`.")
     return different[0] if different else None
 
-# %% ../../nbs/evidence/06_frontier.ipynb #cell-16
+# %% ../../nbs/evidence/06_frontier.ipynb #cell-17
 _FEWEST = 3  # runs with both metrics in a point
 
 def _mean_points(
@@ -94,7 +94,7 @@ def _mean_points(
         if here.sum() >= _FEWEST: found[place] = mean_point(took[here], reached[here])
     return found
 
-# %% ../../nbs/evidence/06_frontier.ipynb #cell-19
+# %% ../../nbs/evidence/06_frontier.ipynb #cell-20
 @dataclass(frozen=True, eq=False)
 class _Host:
     "The baseline's curve and the variant's point on one host, timed by one clock."
@@ -106,7 +106,7 @@ class _Host:
     @property
     def runs(self)->int: return self.fit.n.sum() + self.variant.n
 
-# %% ../../nbs/evidence/06_frontier.ipynb #cell-20
+# %% ../../nbs/evidence/06_frontier.ipynb #cell-22
 def _hosts(
     variant:Group,
     budgets:list[tuple[float,Group]],
@@ -123,7 +123,7 @@ def _hosts(
         found.append(_Host(place[0] or None, names, fit_curve(amounts, points), point))
     return sorted(found, key=lambda host: -host.runs)
 
-# %% ../../nbs/evidence/06_frontier.ipynb #cell-22
+# %% ../../nbs/evidence/06_frontier.ipynb #cell-24
 @dataclass(frozen=True)
 class Point:
     "A group of runs on one host."
@@ -134,7 +134,7 @@ class Point:
     time:float         # mean, in the stored unit
     quality:float      # mean, in the stored unit
 
-# %% ../../nbs/evidence/06_frontier.ipynb #cell-23
+# %% ../../nbs/evidence/06_frontier.ipynb #cell-26
 @dataclass(frozen=True)
 class TimeDistance:
     "At equal quality; negative: the variant is faster. An open end of an interval is None."
@@ -146,7 +146,7 @@ class TimeDistance:
     needs:float       # time that the baseline needs for the variant's quality
     outside:float     # by how much of the measured range that lies outside it; 0 inside
 
-# %% ../../nbs/evidence/06_frontier.ipynb #cell-24
+# %% ../../nbs/evidence/06_frontier.ipynb #cell-28
 @dataclass(frozen=True)
 class QualityDistance:
     "At equal time, in the quality's stored unit."
@@ -157,7 +157,7 @@ class QualityDistance:
     bend:float                    # part of the interval's half-width that allows for the curve's shape
     outside:float                 # by how much of the measured range that lies outside it; 0 inside
 
-# %% ../../nbs/evidence/06_frontier.ipynb #cell-25
+# %% ../../nbs/evidence/06_frontier.ipynb #cell-30
 @dataclass(frozen=True)
 class Curve:
     "The baseline's frontier over the measured range, for plotting."
@@ -167,7 +167,7 @@ class Curve:
     low:tuple[float|None,...]   # pointwise 95 % interval of the mean quality; None without scatter
     high:tuple[float|None,...]
 
-# %% ../../nbs/evidence/06_frontier.ipynb #cell-26
+# %% ../../nbs/evidence/06_frontier.ipynb #cell-32
 @dataclass(frozen=True)
 class Frontier:
     "A variant against the baseline's time-quality frontier."
@@ -190,7 +190,7 @@ class Frontier:
         "Plain numbers, lists and None, ready for JSON."
         return plain(self)
 
-# %% ../../nbs/evidence/06_frontier.ipynb #cell-28
+# %% ../../nbs/evidence/06_frontier.ipynb #cell-34
 def _quality_distance(
     scan:ShiftScan,
     fits:list[CurveFit],
@@ -207,7 +207,7 @@ def _quality_distance(
     outside = outside_range(fits, here.budgets)
     return QualityDistance(absolute, ci95, here.p if known else None, reached - absolute, here.bend, outside), None
 
-# %% ../../nbs/evidence/06_frontier.ipynb #cell-30
+# %% ../../nbs/evidence/06_frontier.ipynb #cell-36
 def _time_saved(took:float, shift:float)->float:
     "A shift of log time in the unit of time."
     return took * -math.expm1(-shift)
@@ -216,13 +216,13 @@ def _translated(interval:tuple|None, function:Callable)->tuple|None:
     "An interval of shifts in another unit; an open end stays open."
     return interval and tuple(None if shift is None else float(function(shift)) for shift in interval)
 
-# %% ../../nbs/evidence/06_frontier.ipynb #cell-31
+# %% ../../nbs/evidence/06_frontier.ipynb #cell-37
 _NEVER = "no budget of the baseline reaches the variant's quality, not even a little beyond the longest"
 _ALWAYS = "every budget of the baseline exceeds the variant's quality, even a little below the shortest"
 _FALLING = "the baseline's quality does not rise with its time there"
 _FLAT = "the baseline's quality rises too little with its time, for the scatter between runs, to say how long it needs"
 
-# %% ../../nbs/evidence/06_frontier.ipynb #cell-32
+# %% ../../nbs/evidence/06_frontier.ipynb #cell-39
 def _time_distance(
     scan:ShiftScan,
     fits:list[CurveFit],
@@ -242,7 +242,7 @@ def _time_distance(
         p=scan.at(scan.nearest).p if interval else None, needs=took - saved(shift),
         outside=outside_range(fits, scan.at(shift).budgets)), None
 
-# %% ../../nbs/evidence/06_frontier.ipynb #cell-34
+# %% ../../nbs/evidence/06_frontier.ipynb #cell-41
 def _better(time:TimeDistance|None, time_reason:str|None, scan:ShiftScan)->bool|None:
     "Which side of the frontier, with 95 % confidence."
     if not scan.at(scan.nearest).p < 0.05: return None
@@ -254,7 +254,7 @@ def _better(time:TimeDistance|None, time_reason:str|None, scan:ShiftScan)->bool|
     if time_reason == _ALWAYS and scan.shift[-1] >= 0: return False  # worse, and not faster than all budgets
     return None
 
-# %% ../../nbs/evidence/06_frontier.ipynb #cell-36
+# %% ../../nbs/evidence/06_frontier.ipynb #cell-43
 def _stored_points(hosts:list[_Host], variant:str, sign:int)->dict:
     "The points of the baseline and of the variant."
     budgets, variants = [], []
@@ -265,7 +265,7 @@ def _stored_points(hosts:list[_Host], variant:str, sign:int)->dict:
         variants.append(Point(variant, None, host.name, p.n, p.time, sign * p.quality))
     return dict(budgets=tuple(budgets), variant=tuple(variants))
 
-# %% ../../nbs/evidence/06_frontier.ipynb #cell-37
+# %% ../../nbs/evidence/06_frontier.ipynb #cell-44
 def _clean(values:np.ndarray)->tuple:
     return tuple(float(value) if np.isfinite(value) else None for value in values)
 
@@ -276,7 +276,7 @@ def _stored_curve(host:_Host, sign:int)->Curve:
     low, high = quality - band.width, quality + band.width
     return Curve(host.name, *map(_clean, (band.time, quality, low, high)))
 
-# %% ../../nbs/evidence/06_frontier.ipynb #cell-38
+# %% ../../nbs/evidence/06_frontier.ipynb #cell-45
 _SHAPES = {1: "a straight line", 2: "a quadratic", 3: "a cubic"}
 
 def _model(fits:list[CurveFit], setting:str)->str:
@@ -291,12 +291,12 @@ def _fit_p(fits:list[CurveFit])->float|None:
     known = [fit.fit_p for fit in fits if fit.fit_p is not None]
     return min(1.0, min(known) * len(known)) if known else None
 
-# %% ../../nbs/evidence/06_frontier.ipynb #cell-40
+# %% ../../nbs/evidence/06_frontier.ipynb #cell-47
 def _unknown(reason:str)->dict:
     "The part of a result that says why nothing can be said."
     return dict(time=None, time_reason=reason, quality=None, quality_reason=reason, inside=False, better=None, curve=())
 
-# %% ../../nbs/evidence/06_frontier.ipynb #cell-41
+# %% ../../nbs/evidence/06_frontier.ipynb #cell-49
 def _judged(hosts:list[_Host], sign:int)->dict:
     "Distances, curve and which side of the frontier."
     fits, points = [host.fit for host in hosts], [host.variant for host in hosts]
@@ -313,7 +313,7 @@ def _judged(hosts:list[_Host], sign:int)->dict:
         inside=bool(time and quality and not time.outside and not quality.outside),
         better=_better(time, time_reason, scan), curve=tuple(_stored_curve(host, sign) for host in hosts))
 
-# %% ../../nbs/evidence/06_frontier.ipynb #cell-42
+# %% ../../nbs/evidence/06_frontier.ipynb #cell-51
 def frontier(
     variant:Group,
     budgets:list[Group],  # the baseline's, from `budget_groups`; the variant itself may be one, and is then left out

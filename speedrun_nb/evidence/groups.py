@@ -20,7 +20,7 @@ def _counts(column:pd.Series)->str:
     "The values of a column with how often each occurs, for messages."
     return ", ".join(f"{name} ({count(n)})" for name, n in column.value_counts().sort_index().items())
 
-# %% ../../nbs/evidence/00_groups.ipynb #cell-09
+# %% ../../nbs/evidence/00_groups.ipynb #cell-10
 def _rows_of_study(frame:pd.DataFrame, study:str)->pd.DataFrame:
     "The rows of one study. Raises `SpeedrunError` if there are none."
     if frame.empty: raise SpeedrunError(f"there are no runs yet; make some with `speedrun run {study}`")
@@ -30,7 +30,7 @@ def _rows_of_study(frame:pd.DataFrame, study:str)->pd.DataFrame:
     known = _counts(frame["study"])
     raise SpeedrunError(f'there are no runs of study "{study}".{suggestion} There are runs of: {known}.')
 
-# %% ../../nbs/evidence/00_groups.ipynb #cell-10
+# %% ../../nbs/evidence/00_groups.ipynb #cell-12
 def _rows_of_profile(
     rows:pd.DataFrame,  # of one study
     study:str,
@@ -48,7 +48,7 @@ def _rows_of_profile(
     suggestion = nearest(profile, profiles)
     raise SpeedrunError(f'{study} has no runs in profile "{profile}".{suggestion} It has runs in: {known}.')
 
-# %% ../../nbs/evidence/00_groups.ipynb #cell-11
+# %% ../../nbs/evidence/00_groups.ipynb #cell-14
 _STATUSES = ("completed", "diverged", "failed")
 
 def select(
@@ -64,14 +64,14 @@ def select(
                             f"known are {', '.join(_STATUSES)}")
     return chosen
 
-# %% ../../nbs/evidence/00_groups.ipynb #cell-14
+# %% ../../nbs/evidence/00_groups.ipynb #cell-17
 def _matches(recorded, typed)->bool:
     "Does a recorded value equal one that was typed?"
     if str(recorded) == str(typed): return True
     try: return not isinstance(recorded, bool) and float(recorded) == float(typed)
     except (TypeError, ValueError): return str(recorded).lower() == str(typed).lower()
 
-# %% ../../nbs/evidence/00_groups.ipynb #cell-15
+# %% ../../nbs/evidence/00_groups.ipynb #cell-19
 _NOT_CONDITIONS = ("config", "curve", "regions", "tokens")  # columns that hold objects
 
 def _condition_names(frame:pd.DataFrame)->list[str]:
@@ -81,7 +81,7 @@ def _condition_names(frame:pd.DataFrame)->list[str]:
     configs = {id(config): config for config in frame["config"] if config}.values()  # runs of a batch share one object
     return columns + sorted({name for config in configs for name in config})
 
-# %% ../../nbs/evidence/00_groups.ipynb #cell-16
+# %% ../../nbs/evidence/00_groups.ipynb #cell-21
 def filter_runs(
     frame:pd.DataFrame,           # one row per run record
     conditions:Mapping[str,str],  # column, or dotted setting -> value
@@ -97,7 +97,7 @@ def filter_runs(
         frame = chosen
     return frame
 
-# %% ../../nbs/evidence/00_groups.ipynb #cell-19
+# %% ../../nbs/evidence/00_groups.ipynb #cell-24
 @dataclass(frozen=True, eq=False)
 class Group:
     "All runs of one variant with one set of settings in one profile."
@@ -119,7 +119,7 @@ class Group:
         "One value per counted run, in the stored unit; all missing if no run has this metric."
         return self.runs[metric] if metric in self.runs else pd.Series(None, index=self.runs.index, dtype=float)
 
-# %% ../../nbs/evidence/00_groups.ipynb #cell-20
+# %% ../../nbs/evidence/00_groups.ipynb #cell-26
 def make_group(
     rows:pd.DataFrame,  # records of one group, in any order
 )->Group:
@@ -135,7 +135,7 @@ def make_group(
         failed=int((status == "failed").sum()), diverged=int((status == "diverged").sum()),
         duplicate_runs=completed[again].reset_index(drop=True), name=first["variant"])
 
-# %% ../../nbs/evidence/00_groups.ipynb #cell-24
+# %% ../../nbs/evidence/00_groups.ipynb #cell-30
 def numbers_of(
     group:Group,
     metric:str,
@@ -143,7 +143,7 @@ def numbers_of(
     "A metric as numbers."
     return pd.to_numeric(group.values(metric), errors="coerce").to_numpy(float, na_value=np.nan)
 
-# %% ../../nbs/evidence/00_groups.ipynb #cell-25
+# %% ../../nbs/evidence/00_groups.ipynb #cell-32
 def _word(value)->str|None:
     if pd.isna(value): return None
     return f"{value:.0f}" if isinstance(value, float) and value.is_integer() else str(value)
@@ -156,7 +156,7 @@ def words_of(
     column = group.runs[name] if name in group.runs else [None] * len(group.runs)
     return [_word(value) for value in column]
 
-# %% ../../nbs/evidence/00_groups.ipynb #cell-29
+# %% ../../nbs/evidence/00_groups.ipynb #cell-36
 def split(
     rows:pd.DataFrame,  # records of one study in one profile, from `select`
 )->list[Group]:         # by variant and config_hash
@@ -164,7 +164,7 @@ def split(
     keys = ["study", "profile", "variant", "config_hash"]
     return [make_group(part) for _, part in rows.groupby(keys, dropna=False, sort=True)]
 
-# %% ../../nbs/evidence/00_groups.ipynb #cell-33
+# %% ../../nbs/evidence/00_groups.ipynb #cell-40
 def _distinct_digits(hashes:list[str])->int:
     "How much of a hash tells it from the others."
     for digits in range(6, 64):
@@ -180,7 +180,7 @@ def _offer(groups:list[Group])->str:
         offers.append(f"{group.variant}@{str(group.config_hash)[:digits]} ({completed})")
     return ", ".join(offers)
 
-# %% ../../nbs/evidence/00_groups.ipynb #cell-34
+# %% ../../nbs/evidence/00_groups.ipynb #cell-42
 def _by_hash(groups:list[Group], name:str)->Group:
     "The group that `variant@prefix` names."
     variant, _, prefix = name.partition("@")
@@ -189,7 +189,7 @@ def _by_hash(groups:list[Group], name:str)->Group:
     shown = str(found[0].config_hash)[:max(6, len(prefix))]
     return replace(found[0], name=f"{variant}@{shown}")
 
-# %% ../../nbs/evidence/00_groups.ipynb #cell-35
+# %% ../../nbs/evidence/00_groups.ipynb #cell-44
 def _as_defined(groups:list[Group], variant:str, plain_hash:str)->Group:
     "The group with the settings that the variant has without overrides."
     for group in groups:
@@ -199,7 +199,7 @@ def _as_defined(groups:list[Group], variant:str, plain_hash:str)->Group:
         f"there are runs under other settings, by overrides or by an older definition: {_offer(groups)}. "
         f"Name one of these, or run {variant} as it is.")
 
-# %% ../../nbs/evidence/00_groups.ipynb #cell-36
+# %% ../../nbs/evidence/00_groups.ipynb #cell-46
 def _no_runs(rows:pd.DataFrame, variant:str, defined:bool)->SpeedrunError:
     "The error for a name without runs."
     known = _counts(rows["variant"])
@@ -207,7 +207,7 @@ def _no_runs(rows:pd.DataFrame, variant:str, defined:bool)->SpeedrunError:
     suggestion = nearest(variant, rows["variant"].unique())
     return SpeedrunError(f'there are no runs of a variant "{variant}".{suggestion} There are runs of: {known}.')
 
-# %% ../../nbs/evidence/00_groups.ipynb #cell-37
+# %% ../../nbs/evidence/00_groups.ipynb #cell-48
 def find_group(
     rows:pd.DataFrame,  # records of one study in one profile, from `select`
     name:str,           # a variant, or variant@prefix of a config_hash

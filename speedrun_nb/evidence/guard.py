@@ -26,7 +26,7 @@ class Equivalence:
     p:float                   # the larger of the two one-sided p-values
     ci90:tuple[float,float]   # of variant minus baseline
 
-# %% ../../nbs/evidence/05_guard.ipynb #cell-06
+# %% ../../nbs/evidence/05_guard.ipynb #cell-07
 @dataclass(frozen=True)
 class GuardResult:
     "A non-inferiority test. Values in the metric's stored unit."
@@ -41,7 +41,7 @@ class GuardResult:
     outcome:str                   # kept, broken or undecided
     equivalence:Equivalence|None  # None if the runs allow no estimate
 
-# %% ../../nbs/evidence/05_guard.ipynb #cell-08
+# %% ../../nbs/evidence/05_guard.ipynb #cell-09
 def _equivalence(estimate:Estimate, margin:float, enough:bool)->Equivalence:
     "Two one-sided tests, of which the less certain counts."
     p = max(estimate.p("greater", at=-margin), estimate.p("less", at=margin))
@@ -52,7 +52,7 @@ def _outcome(kept:float, broken:float, enough:bool)->str:
     if enough and kept < ALPHA: return "kept"
     return "broken" if enough and broken < ALPHA else "undecided"
 
-# %% ../../nbs/evidence/05_guard.ipynb #cell-09
+# %% ../../nbs/evidence/05_guard.ipynb #cell-11
 def guard(
     estimate:Estimate|None,
     metric:Metric,
@@ -77,7 +77,7 @@ def guard(
         metric.name, margin, baseline, variant, estimate.absolute, bound, lower_bound, p=kept,
         outcome=_outcome(kept, broken, enough), equivalence=equivalence)
 
-# %% ../../nbs/evidence/05_guard.ipynb #cell-11
+# %% ../../nbs/evidence/05_guard.ipynb #cell-13
 def non_inferiority(
     variant:Iterable,   # one value a run
     baseline:Iterable,  # one value a run, the same unit
@@ -87,7 +87,7 @@ def non_inferiority(
     "One-sided Welch tests of the variant against a margin."
     return guard(welch_estimate(variant, baseline), metric, margin, describe(baseline), describe(variant))
 
-# %% ../../nbs/evidence/05_guard.ipynb #cell-12
+# %% ../../nbs/evidence/05_guard.ipynb #cell-15
 def guard_groups(
     baseline:Group,
     variant:Group,

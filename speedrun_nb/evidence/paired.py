@@ -35,7 +35,7 @@ def _by_key(
         if known and runs[key] == 1: found[key] = value
     return found
 
-# %% ../../nbs/evidence/04_paired.ipynb #cell-08
+# %% ../../nbs/evidence/04_paired.ipynb #cell-09
 def pairs(
     baseline:Group,
     variant:Group,
@@ -47,7 +47,7 @@ def pairs(
     rows = [(str(key[2:]), v[key], b[key]) for key in v if key in b]
     return pd.DataFrame(rows, columns=["host", "variant", "baseline"]).astype(dict(variant=float, baseline=float))
 
-# %% ../../nbs/evidence/04_paired.ipynb #cell-12
+# %% ../../nbs/evidence/04_paired.ipynb #cell-13
 def within(
     values:np.ndarray,  # (n,)
     host:np.ndarray,    # (n,) names
@@ -56,7 +56,7 @@ def within(
     codes = np.unique(host, return_inverse=True)[1]
     return values - (np.bincount(codes, values) / np.bincount(codes))[codes]
 
-# %% ../../nbs/evidence/04_paired.ipynb #cell-13
+# %% ../../nbs/evidence/04_paired.ipynb #cell-15
 def _constant(
     values:np.ndarray,
     scale:float,        # the largest of the numbers that they were computed from
@@ -64,7 +64,7 @@ def _constant(
     "Do values differ only by rounding?"
     return bool(np.ptp(values) <= 10 * np.finfo(float).eps * scale)
 
-# %% ../../nbs/evidence/04_paired.ipynb #cell-14
+# %% ../../nbs/evidence/04_paired.ipynb #cell-17
 def correlate(
     variant:np.ndarray,   # (n,) one value a pair
     baseline:np.ndarray,  # (n,)
@@ -78,7 +78,7 @@ def correlate(
     r = float(np.clip(v @ b / (np.linalg.norm(v) * np.linalg.norm(b)), -1, 1))
     return r, min(1.0, float(2 * stats.beta.sf((1 + abs(r)) / 2, df / 2, df / 2)))
 
-# %% ../../nbs/evidence/04_paired.ipynb #cell-18
+# %% ../../nbs/evidence/04_paired.ipynb #cell-21
 _PAIRS, _SHARE, _SURE = 8, 0.8, 0.01  # what it takes for the paired analysis to be preferred
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Paired:
     helps:bool                             # is this the analysis to prefer?
     estimate:Estimate
 
-# %% ../../nbs/evidence/04_paired.ipynb #cell-19
+# %% ../../nbs/evidence/04_paired.ipynb #cell-23
 def _paired_estimate(variant:np.ndarray, baseline:np.ndarray)->Estimate:
     "The mean difference as an estimate."
     n, differences = len(variant), variant - baseline
@@ -119,7 +119,7 @@ def _gain(variant:np.ndarray, baseline:np.ndarray, host:np.ndarray)->float:
     squares = [float((within(values, host)**2).sum()) for values in (variant, baseline)]
     return sum(squares) / df / spread(variant - baseline)**2
 
-# %% ../../nbs/evidence/04_paired.ipynb #cell-20
+# %% ../../nbs/evidence/04_paired.ipynb #cell-25
 def paired(
     baseline:Group,
     variant:Group,
@@ -139,7 +139,7 @@ def paired(
         ci95=e.interval(), ci95_relative=e.relative_interval(), correlation=r, correlation_p=p,
         gain=gain, share=share, helps=helps, estimate=e)
 
-# %% ../../nbs/evidence/04_paired.ipynb #cell-28
+# %% ../../nbs/evidence/04_paired.ipynb #cell-33
 def choose_estimate(
     baseline:Group,
     variant:Group,

@@ -26,7 +26,7 @@ def _own_profiles()->set[tuple[str,str]]:
     "Study and profile of everything that this project runs itself."
     return {(study, profile) for study in study_names() for profile in profile_names(load_study(study))}
 
-# %% ../../nbs/evidence/01_plans.ipynb #cell-07
+# %% ../../nbs/evidence/01_plans.ipynb #cell-08
 def planned_by(
     frame:pd.DataFrame,            # one row per run record, of any studies and profiles
     plans:Mapping[str,SweepPlan],  # by name
@@ -40,7 +40,7 @@ def planned_by(
         found.append(planned if (study, profile) in own else None)
     return pd.Series(found, index=frame.index, dtype=object)
 
-# %% ../../nbs/evidence/01_plans.ipynb #cell-11
+# %% ../../nbs/evidence/01_plans.ipynb #cell-12
 STATES = {
     "done": "completed under the plan", "shared": "completed under another plan",
     EXPLORATORY: "completed outside of any plan", "diverged": "diverged", "failed": "failed", "left": "not run"}
@@ -51,12 +51,12 @@ def _state(status:str, by:str|None, plan:str)->str:
     if by == plan: return "done"
     return EXPLORATORY if by == EXPLORATORY else "shared"
 
-# %% ../../nbs/evidence/01_plans.ipynb #cell-12
+# %% ../../nbs/evidence/01_plans.ipynb #cell-13
 def _when(values:pd.Series)->pd.Series:
     "Moments, NaT where unknown."
     return pd.to_datetime(values, utc=True, format="ISO8601", errors="coerce")
 
-# %% ../../nbs/evidence/01_plans.ipynb #cell-14
+# %% ../../nbs/evidence/01_plans.ipynb #cell-15
 def cell_states(
     plan:SweepPlan,
     rows:pd.DataFrame,  # every record of its study and profile, with the column `plan` of `planned_by`
@@ -72,7 +72,7 @@ def cell_states(
         states[cell] = _state(status, by, plan.name)
     return states
 
-# %% ../../nbs/evidence/01_plans.ipynb #cell-15
+# %% ../../nbs/evidence/01_plans.ipynb #cell-17
 def progress(
     plan:SweepPlan,
     states:Mapping[str,str],  # `cell_states`
@@ -82,7 +82,7 @@ def progress(
     for cell, place in plan.cells().items(): found[place][states[cell]] += 1
     return found
 
-# %% ../../nbs/evidence/01_plans.ipynb #cell-19
+# %% ../../nbs/evidence/01_plans.ipynb #cell-21
 def _block_cells(plan:SweepPlan)->list[list[str]]:
     "The run_ids of each block: every condition with the block's seeds."
     design, size = plan.design, plan.design["seeds_per_batch"]
@@ -94,7 +94,7 @@ def _block_cells(plan:SweepPlan)->list[list[str]]:
                           for condition in plan.conditions for seed in seeds])
     return found
 
-# %% ../../nbs/evidence/01_plans.ipynb #cell-20
+# %% ../../nbs/evidence/01_plans.ipynb #cell-22
 def complete_blocks(
     plan:SweepPlan,
     states:Mapping[str,str],  # `cell_states`
@@ -102,7 +102,7 @@ def complete_blocks(
     "How many blocks have all their runs."
     return sum(all(states[cell] not in ("failed", "left") for cell in cells) for cells in _block_cells(plan))
 
-# %% ../../nbs/evidence/01_plans.ipynb #cell-23
+# %% ../../nbs/evidence/01_plans.ipynb #cell-25
 def made_before(plan:SweepPlan, rows:pd.DataFrame)->int:
     "How many runs of the plan's conditions had started when it was frozen."
     mine = rows[rows["config_hash"].isin([c["config_hash"] for c in plan.conditions])]
@@ -114,7 +114,7 @@ def other_code(plan:SweepPlan, rows:pd.DataFrame)->int:
     if not frozen: return 0
     return int((rows.loc[rows["plan"] == plan.name, "package_hash"].dropna() != frozen).sum())
 
-# %% ../../nbs/evidence/01_plans.ipynb #cell-24
+# %% ../../nbs/evidence/01_plans.ipynb #cell-27
 def blocks_in_order(
     plan:SweepPlan,
     rows:pd.DataFrame,  # as for `cell_states`
@@ -131,14 +131,14 @@ def blocks_in_order(
         kept += ran == [place for place in order[int(block)] if place in ran]
     return kept, known
 
-# %% ../../nbs/evidence/01_plans.ipynb #cell-28
+# %% ../../nbs/evidence/01_plans.ipynb #cell-31
 def _flat(claim:Mapping|None)->dict:
     "A claim as in a plan, as settings with dotted names."
     claim = dict(claim or {})
     guard = claim.pop("guard", None) or {}
     return claim | {f"guard.{name}": value for name, value in guard.items()}
 
-# %% ../../nbs/evidence/01_plans.ipynb #cell-29
+# %% ../../nbs/evidence/01_plans.ipynb #cell-33
 def _changed(frozen:dict, now:dict)->str:
     "What was changed, in words; empty if nothing was."
     if frozen == now: return ""
@@ -148,7 +148,7 @@ def _changed(frozen:dict, now:dict)->str:
     names = [name for name in frozen | now if frozen.get(name) != now.get(name)]
     return ", ".join(f"{name} was {show(frozen, name)} and is {show(now, name)}" for name in names)
 
-# %% ../../nbs/evidence/01_plans.ipynb #cell-30
+# %% ../../nbs/evidence/01_plans.ipynb #cell-35
 def claim_changes(
     plan:SweepPlan,
     study:Study,

@@ -23,7 +23,7 @@ def _smallest_guard(study:Study)->Guard|None:
     guards = [claim.guard for claim in claims if claim and claim.guard]
     return min(guards, key=lambda guard: guard.margin, default=None)
 
-# %% ../../nbs/evidence/10_questions.ipynb #cell-06
+# %% ../../nbs/evidence/10_questions.ipynb #cell-07
 _MARGIN_FORM = "METRIC=VALUE in the stored unit, for example accuracy=0.0005"
 
 def read_margin(
@@ -42,7 +42,7 @@ def read_margin(
     except ValueError:
         raise SpeedrunError(f"margin {text!r}: {value!r} is not a number; write {_MARGIN_FORM}") from None
 
-# %% ../../nbs/evidence/10_questions.ipynb #cell-10
+# %% ../../nbs/evidence/10_questions.ipynb #cell-11
 def _wall_seconds(
     provenance:dict,  # of a batch
 )->float|None:        # None if it did not complete, or did not record its times
@@ -52,7 +52,7 @@ def _wall_seconds(
     started, ended = map(pd.Timestamp, times)
     return (ended - started).total_seconds()
 
-# %% ../../nbs/evidence/10_questions.ipynb #cell-11
+# %% ../../nbs/evidence/10_questions.ipynb #cell-13
 def overhead_seconds(
     case:Case,
     group:Group,
@@ -66,7 +66,7 @@ def overhead_seconds(
         overheads.append(rest / len(runs))
     return sum(overheads) / len(overheads) if overheads else 0.0
 
-# %% ../../nbs/evidence/10_questions.ipynb #cell-16
+# %% ../../nbs/evidence/10_questions.ipynb #cell-18
 def known_correlation(
     case:Case,
     baseline:Group,
@@ -76,7 +76,7 @@ def known_correlation(
     pairings = [paired(baseline, group, metric) for group in rivals(case, baseline)]
     return min((p.correlation for p in pairings if p and p.helps), default=None)
 
-# %% ../../nbs/evidence/10_questions.ipynb #cell-20
+# %% ../../nbs/evidence/10_questions.ipynb #cell-22
 def plan_case(
     case:Case,
     effect:str,                 # relative change to detect: "1%"

@@ -34,7 +34,7 @@ def _carries(
     several = max(blocks.values(), default=0) > 1 and len(both) > 1
     return several and all(min(b[place], v[place]) > 1 for place in both)
 
-# %% ../../nbs/evidence/03_strata.ipynb #cell-08
+# %% ../../nbs/evidence/03_strata.ipynb #cell-09
 def _label(
     place:tuple,  # (host, block)
     by_host:bool,
@@ -47,13 +47,13 @@ def _label(
     if by_block: words.append(f"block {block}" if block else "unknown block")
     return ", ".join(words) or "all runs"
 
-# %% ../../nbs/evidence/03_strata.ipynb #cell-09
+# %% ../../nbs/evidence/03_strata.ipynb #cell-11
 def _natural(label:str)->list:
     "A sort key under which block 10 follows block 9, and unknown ones come last."
     parts = [(len(part), part) if part.isdigit() else (0, part) for part in re.split(r"(\d+)", label)]
     return ["unknown" in label, parts]
 
-# %% ../../nbs/evidence/03_strata.ipynb #cell-10
+# %% ../../nbs/evidence/03_strata.ipynb #cell-13
 def _places(groups:tuple[Group,Group])->tuple[bool,list]:
     "Do hosts make strata? And for each group the (host, block) of every run, without hosts if they do not."
     hosts = [words_of(group, "host_id") for group in groups]
@@ -69,7 +69,7 @@ def _counted(group:Group, places:list, metric:Metric|None)->list:
     if metric is None: return places
     return [place for place, known in zip(places, group.values(metric.name).notna(), strict=True) if known]
 
-# %% ../../nbs/evidence/03_strata.ipynb #cell-11
+# %% ../../nbs/evidence/03_strata.ipynb #cell-15
 def stratum_labels(
     baseline:Group,
     variant:Group,
@@ -85,7 +85,7 @@ def stratum_labels(
     columns = [pd.Series(words, index=g.runs.index, dtype=object) for g, words in zip(groups, labels, strict=True)]
     return kind, *columns
 
-# %% ../../nbs/evidence/03_strata.ipynb #cell-17
+# %% ../../nbs/evidence/03_strata.ipynb #cell-21
 def samples(
     baseline:Group,
     variant:Group,
@@ -98,7 +98,7 @@ def samples(
         for label, value in zip(labels, group.values(metric.name), strict=True): parts[label][side].append(value)
     return {label: tuple(map(finite, parts[label])) for label in sorted(parts, key=_natural)}
 
-# %% ../../nbs/evidence/03_strata.ipynb #cell-20
+# %% ../../nbs/evidence/03_strata.ipynb #cell-24
 @dataclass(frozen=True)
 class Stratum:
     "The runs of one host or block."
@@ -108,7 +108,7 @@ class Stratum:
     n_variant:int
     difference:Difference  # all None if a side is missing
 
-# %% ../../nbs/evidence/03_strata.ipynb #cell-21
+# %% ../../nbs/evidence/03_strata.ipynb #cell-26
 def strata(
     baseline:Group,
     variant:Group,
@@ -120,11 +120,11 @@ def strata(
     parts = samples(baseline, variant, metric)
     return tuple(Stratum(name, kind, len(b), len(v), difference(v, b, metric)) for name, (v, b) in parts.items())
 
-# %% ../../nbs/evidence/03_strata.ipynb #cell-25
+# %% ../../nbs/evidence/03_strata.ipynb #cell-30
 def _column(estimates:Iterable[Estimate], name:str)->np.ndarray:
     return np.array([getattr(estimate, name) for estimate in estimates])
 
-# %% ../../nbs/evidence/03_strata.ipynb #cell-26
+# %% ../../nbs/evidence/03_strata.ipynb #cell-32
 def combine_estimates(
     estimates:list[Estimate],  # one a stratum, independent
     weights:np.ndarray,        # summing to 1
@@ -139,7 +139,7 @@ def combine_estimates(
         variance_baseline=float(weights**2 @ _column(estimates, "variance_baseline")),
         covariance=float(weights**2 @ _column(estimates, "covariance")), n=int(_column(estimates, "n").sum()))
 
-# %% ../../nbs/evidence/03_strata.ipynb #cell-29
+# %% ../../nbs/evidence/03_strata.ipynb #cell-35
 def inverse_variance(
     errors:np.ndarray,  # (strata,) standard errors
 )->np.ndarray:          # (strata,) summing to 1
@@ -154,7 +154,7 @@ def cochran_q(
     "Weighted squares of the distances from the inverse-variance mean (Cochran 1954)."
     return float((((effects - inverse_variance(errors) @ effects) / errors) ** 2).sum())
 
-# %% ../../nbs/evidence/03_strata.ipynb #cell-31
+# %% ../../nbs/evidence/03_strata.ipynb #cell-37
 def heterogeneity_p(
     effects:np.ndarray,  # (strata,) at least two
     errors:np.ndarray,   # (strata,) standard errors
@@ -170,7 +170,7 @@ def heterogeneity_p(
     govern_p = float(stats.chi2.sf((deviates**2).sum(), k - 1))
     return max(welch_p, govern_p)
 
-# %% ../../nbs/evidence/03_strata.ipynb #cell-35
+# %% ../../nbs/evidence/03_strata.ipynb #cell-41
 @dataclass(frozen=True)
 class RandomEffects:
     "The mean effect over machines of which these are a sample (DerSimonian and Laird 1986)."
@@ -181,14 +181,14 @@ class RandomEffects:
     ci95:tuple[float,float]   # normal
     p:float                   # normal, two-sided
 
-# %% ../../nbs/evidence/03_strata.ipynb #cell-36
+# %% ../../nbs/evidence/03_strata.ipynb #cell-42
 def _between(effects:np.ndarray, errors:np.ndarray)->float:
     "tau² by the method of moments."
     others = ~np.eye(len(effects), dtype=bool)
     scale = np.outer(inverse_variance(errors), errors**-2.0)[others].sum()  # is sum(w) - sum(w^2) / sum(w)
     return max(0.0, float((cochran_q(effects, errors) - (len(effects) - 1)) / scale))
 
-# %% ../../nbs/evidence/03_strata.ipynb #cell-37
+# %% ../../nbs/evidence/03_strata.ipynb #cell-44
 def random_effects(
     estimates:list[Estimate],  # one a stratum, at least two
 )->RandomEffects:
@@ -202,7 +202,7 @@ def random_effects(
     p = float(2 * stats.norm.sf(abs(mean) / se))
     return RandomEffects(mean, ratio(mean, baseline), se, tau2, (float(low), float(high)), p)
 
-# %% ../../nbs/evidence/03_strata.ipynb #cell-40
+# %% ../../nbs/evidence/03_strata.ipynb #cell-47
 @dataclass(frozen=True)
 class Stratified:
     "The effect within strata, combined. Values in the metric's stored unit."
@@ -224,7 +224,7 @@ class Stratified:
     unused:int                            # runs in strata that could not be compared
     estimate:Estimate
 
-# %% ../../nbs/evidence/03_strata.ipynb #cell-41
+# %% ../../nbs/evidence/03_strata.ipynb #cell-49
 def _heterogeneity(estimates:list[Estimate])->dict:
     "Do the strata agree?"
     effects, errors, df = (_column(estimates, name) for name in ("absolute", "se", "df"))
@@ -233,7 +233,7 @@ def _heterogeneity(estimates:list[Estimate])->dict:
     i2 = max(0.0, (q - expected) / q) if q else 0.0
     return dict(heterogeneity_q=q, heterogeneity_p=p, i2=i2, heterogeneous=p < ALPHA)
 
-# %% ../../nbs/evidence/03_strata.ipynb #cell-42
+# %% ../../nbs/evidence/03_strata.ipynb #cell-51
 def stratified(
     samples:Mapping[str,tuple[Iterable,Iterable]],  # label -> values of the variant, of the baseline
     metric:Metric,

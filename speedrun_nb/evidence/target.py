@@ -48,7 +48,7 @@ def _shown(p:float, p_short:float)->bool|None:
     if p < _LEVEL: return True
     return False if p_short < _LEVEL else None
 
-# %% ../../nbs/evidence/07_target.ipynb #cell-10
+# %% ../../nbs/evidence/07_target.ipynb #cell-11
 def reach(
     values:Iterable,  # one value a run
     target:float,     # same unit
@@ -63,14 +63,14 @@ def reach(
     p, p_short = (float(stats.ttest_1samp(sample, target, alternative=side).pvalue) for side in (better, worse))
     return Reach(len(sample), mean, _shown(p, p_short), p, share)
 
-# %% ../../nbs/evidence/07_target.ipynb #cell-16
+# %% ../../nbs/evidence/07_target.ipynb #cell-17
 def _target_metric(target:Target, metrics:Mapping[str,Metric])->Metric:
     "The metric of a target. Raises `SpeedrunError` for an unknown metric or a value that is not finite."
     if not math.isfinite(target.value):
         raise SpeedrunError(f"the target of {target.metric} is {target.value}; it takes a number, in the metric's unit")
     return metrics[one_of(target.metric, metrics, "metric of a target")]
 
-# %% ../../nbs/evidence/07_target.ipynb #cell-17
+# %% ../../nbs/evidence/07_target.ipynb #cell-18
 @dataclass(frozen=True)
 class TargetResult:
     "Both groups of a comparison against the target."
@@ -79,7 +79,7 @@ class TargetResult:
     baseline:Reach
     variant:Reach
 
-# %% ../../nbs/evidence/07_target.ipynb #cell-18
+# %% ../../nbs/evidence/07_target.ipynb #cell-20
 def target(
     baseline:Group,
     variant:Group,
@@ -92,7 +92,7 @@ def target(
     sides = [reach(group.values(metric.name), target.value, metric) for group in (baseline, variant)]
     return TargetResult(metric.name, target.value, *sides)
 
-# %% ../../nbs/evidence/07_target.ipynb #cell-22
+# %% ../../nbs/evidence/07_target.ipynb #cell-24
 def crossing(
     times:np.ndarray,   # (n,) rising, seconds
     values:np.ndarray,  # (n,) the metric at these times
@@ -110,7 +110,7 @@ def crossing(
     part = min(1.0, (target - before) / (after - before))
     return float(times[first - 1] + part * (times[first] - times[first - 1]))
 
-# %% ../../nbs/evidence/07_target.ipynb #cell-26
+# %% ../../nbs/evidence/07_target.ipynb #cell-28
 def _curve(curve, metric:str)->tuple[np.ndarray,np.ndarray]|None:
     "Times and values of a run's curve; None if it does not show the metric over time."
     if not isinstance(curve, Mapping): return None
@@ -119,7 +119,7 @@ def _curve(curve, metric:str)->tuple[np.ndarray,np.ndarray]|None:
     except (TypeError, ValueError): return None
     return (times, values) if len(times) == len(values) > 0 else None
 
-# %% ../../nbs/evidence/07_target.ipynb #cell-27
+# %% ../../nbs/evidence/07_target.ipynb #cell-30
 def _time_of_run(curve, final:float, end:float, target:float, metric:Metric)->float|None:
     "When a run arrives; infinite if it does not, None if that is not known."
     known = _curve(curve, metric.name)
@@ -128,7 +128,7 @@ def _time_of_run(curve, final:float, end:float, target:float, metric:Metric)->fl
     if time is None: return math.inf if known or math.isfinite(final) else None
     return None if math.isnan(time) else time
 
-# %% ../../nbs/evidence/07_target.ipynb #cell-30
+# %% ../../nbs/evidence/07_target.ipynb #cell-33
 @dataclass(frozen=True)
 class TimeToTarget:
     "How long the runs of a group take to the target."
@@ -139,7 +139,7 @@ class TimeToTarget:
     median:float|None            # seconds, over all n; None if half or more do not arrive
     times:tuple[float|None,...]  # seconds of each, None for those that do not arrive
 
-# %% ../../nbs/evidence/07_target.ipynb #cell-31
+# %% ../../nbs/evidence/07_target.ipynb #cell-35
 def _times(group:Group, target:float, metric:Metric)->list[float]:
     "The time of each run of which it is known; infinite for those that do not arrive."
     curves = group.runs["curve"] if "curve" in group.runs else [None] * len(group.runs)
@@ -154,7 +154,7 @@ def _median(times:list[float])->float|None:
     middle = (ordered[(len(times) - 1) // 2] + ordered[len(times) // 2]) / 2
     return middle if math.isfinite(middle) else None
 
-# %% ../../nbs/evidence/07_target.ipynb #cell-32
+# %% ../../nbs/evidence/07_target.ipynb #cell-37
 def time_to_target(
     group:Group,
     target:Target,
@@ -168,7 +168,7 @@ def time_to_target(
         n=len(times), reached=reached, censored=len(times) - reached, lost=group.failed + group.diverged,
         median=_median(times), times=shown)
 
-# %% ../../nbs/evidence/07_target.ipynb #cell-36
+# %% ../../nbs/evidence/07_target.ipynb #cell-41
 def target_rows(
     groups:Iterable[Group],
     target:Target,

@@ -65,7 +65,7 @@ def survives(comparison:Comparison)->bool:
     "Is the effect significant at 5 % after the correction for its family?"
     return not comparison.family or comparison.family.p_adjusted < 0.05
 
-# %% ../../nbs/evidence/09_verdict.ipynb #cell-10
+# %% ../../nbs/evidence/09_verdict.ipynb #cell-11
 def by_figures(
     comparison:Comparison,
 )->str:  # supported, refuted or undecided
@@ -77,7 +77,7 @@ def by_figures(
     proved = effect == "established" and guard == "kept" and survives(comparison)
     return "supported" if proved else "undecided"
 
-# %% ../../nbs/evidence/09_verdict.ipynb #cell-12
+# %% ../../nbs/evidence/09_verdict.ipynb #cell-13
 def serious(comparison:Comparison)->list:
     "The audit's findings that make a verdict on these runs untrustworthy."
     metrics = [m.name for m in (comparison.metric, comparison.guard_metric) if m]
@@ -89,7 +89,7 @@ def outcome(
     "What has become of the claim."
     return "untrustworthy" if serious(comparison) else by_figures(comparison)
 
-# %% ../../nbs/evidence/09_verdict.ipynb #cell-16
+# %% ../../nbs/evidence/09_verdict.ipynb #cell-17
 def claim_text(
     comparison:Comparison,  # with a claim
 )->str:
@@ -101,7 +101,7 @@ def claim_text(
     margin = exact_amount(comparison.guard_metric, guard.margin)
     return f"{text} without making {comparison.guard_metric.label} worse by more than {margin}"
 
-# %% ../../nbs/evidence/09_verdict.ipynb #cell-17
+# %% ../../nbs/evidence/09_verdict.ipynb #cell-18
 def _subject(comparison:Comparison)->str:
     "What the runs are about, as a clause."
     if comparison.claim: return f"whether {claim_text(comparison)}"
@@ -110,7 +110,7 @@ def _subject(comparison:Comparison)->str:
 _BEGINNINGS = {"supported": "The runs support the claim that", "refuted": "The runs refute the claim that",
                "undecided": "The runs do not decide yet whether"}
 
-# %% ../../nbs/evidence/09_verdict.ipynb #cell-18
+# %% ../../nbs/evidence/09_verdict.ipynb #cell-20
 def headline(comparison:Comparison)->str:
     "The first sentence."
     c, found = comparison, serious(comparison)
@@ -124,7 +124,7 @@ def headline(comparison:Comparison)->str:
     needed = f"at least {MINIMUM_RUNS} completed runs on each side"
     return f"It is too early to say whether {claim_text(c)}: that takes {needed}."
 
-# %% ../../nbs/evidence/09_verdict.ipynb #cell-22
+# %% ../../nbs/evidence/09_verdict.ipynb #cell-24
 def _towards(difference:float, metric:Metric)->str:
     "The direction of a difference."
     return "better" if (difference < 0) == (metric.better == "lower") else "worse"
@@ -138,7 +138,7 @@ def _means(comparison:Comparison, metric:Metric)->str:
     sides = comparison.variant, comparison.baseline
     return " and ".join(f"{metric.show(side.mean)} for {side.name} ({count(side.n)})" for side in sides)
 
-# %% ../../nbs/evidence/09_verdict.ipynb #cell-23
+# %% ../../nbs/evidence/09_verdict.ipynb #cell-26
 def _difference(comparison:Comparison, metric:Metric)->str:
     "Means and difference with its interval and test."
     answer, show = comparison.raw, partial(amount, metric)
@@ -153,7 +153,7 @@ def _difference(comparison:Comparison, metric:Metric)->str:
     if would_be: would_be += ", but it is not significant"
     return f"{text}{would_be} {figures}. This does not show that the two are equal."
 
-# %% ../../nbs/evidence/09_verdict.ipynb #cell-24
+# %% ../../nbs/evidence/09_verdict.ipynb #cell-28
 def measured(comparison:Comparison)->list[str]:
     "What was measured: both means, the difference, its interval and test."
     c, label = comparison, comparison.metric.label
@@ -167,7 +167,7 @@ def measured(comparison:Comparison)->list[str]:
     if known_spread: reasons += between_strata(c, metric)
     return reasons
 
-# %% ../../nbs/evidence/09_verdict.ipynb #cell-26
+# %% ../../nbs/evidence/09_verdict.ipynb #cell-30
 def _pooled(comparison:Comparison, metric:Metric)->str:
     "What pooling would have said; empty without an interval."
     pooled, kind, show = comparison.difference, comparison.strata[0].kind, partial(amount, metric)
@@ -176,7 +176,7 @@ def _pooled(comparison:Comparison, metric:Metric)->str:
     mixed = f"which mixes the difference between {kind}s into it"
     return f"Pooled without regard to {kind}s it would be {difference}, {mixed}."
 
-# %% ../../nbs/evidence/09_verdict.ipynb #cell-27
+# %% ../../nbs/evidence/09_verdict.ipynb #cell-32
 def _each_stratum(comparison:Comparison, metric:Metric)->str:
     "The effect of every host or block; of more than four only the range."
     show = partial(amount, metric)
@@ -185,7 +185,7 @@ def _each_stratum(comparison:Comparison, metric:Metric)->str:
     values = [value for _, value in each]
     return f"{span((min(values), max(values)), show)} on {len(each)} {comparison.strata[0].kind}s"
 
-# %% ../../nbs/evidence/09_verdict.ipynb #cell-28
+# %% ../../nbs/evidence/09_verdict.ipynb #cell-34
 def _heterogeneity(comparison:Comparison, metric:Metric)->str:
     "By how much the effects differ, and what to expect of another host or block."
     found, kind = comparison.stratified, comparison.strata[0].kind
@@ -194,7 +194,7 @@ def _heterogeneity(comparison:Comparison, metric:Metric)->str:
     return (f"The effect differs between {kind}s ({test}): {_each_stratum(comparison, metric)}. "
             f"For another {kind} a random-effects estimate is {effect}.")
 
-# %% ../../nbs/evidence/09_verdict.ipynb #cell-29
+# %% ../../nbs/evidence/09_verdict.ipynb #cell-36
 def between_strata(
     comparison:Comparison,
     metric:Metric,  # with decimals to match
@@ -206,7 +206,7 @@ def between_strata(
     if comparison.stratified.heterogeneous: reasons.append(_heterogeneity(comparison, metric))
     return reasons
 
-# %% ../../nbs/evidence/09_verdict.ipynb #cell-36
+# %% ../../nbs/evidence/09_verdict.ipynb #cell-43
 _AGAINST_CLAIM = {
     "established": "all of it at or beyond the claim",
     "excluded": "all of it short of the claim: an effect of the claimed size is excluded",
@@ -229,7 +229,7 @@ def effect_reason(
     interval = f"95 % interval {span(e.ci95_relative, show)}"
     return f"In relative terms {this} is {size(e.relative, show)} ({interval}), {_AGAINST_CLAIM[effect_outcome(c)]}."
 
-# %% ../../nbs/evidence/09_verdict.ipynb #cell-37
+# %% ../../nbs/evidence/09_verdict.ipynb #cell-44
 def family_reason(
     comparison:Comparison,  # with a family
 )->str:
@@ -239,7 +239,7 @@ def family_reason(
     return (f"It is one of {related.size} variants compared with {comparison.baseline.name}: "
             f"{corrected}, which is not significant.")
 
-# %% ../../nbs/evidence/09_verdict.ipynb #cell-39
+# %% ../../nbs/evidence/09_verdict.ipynb #cell-46
 def pairing_reason(comparison:Comparison)->list[str]:
     "What pairing by seed adds, if it helps and does not lead already."
     c, pairs = comparison, comparison.paired
@@ -249,13 +249,13 @@ def pairing_reason(comparison:Comparison)->list[str]:
     return [f"Paired by seed ({count(pairs.n, 'pair')}, correlation {pairs.correlation:.2f}) the difference is "
             f"{difference}: as precise as {pairs.gain:.1f} times as many unpaired runs."]
 
-# %% ../../nbs/evidence/09_verdict.ipynb #cell-41
+# %% ../../nbs/evidence/09_verdict.ipynb #cell-48
 def _distance(value:float, interval:tuple|None, metric:Metric, alike:str)->str:
     "A distance from the frontier with its interval; `alike` if rounding leaves nothing of it."
     show = partial(amount, metric)
     return f"{change(value, show) if visible(value, show) else alike}{_within(interval, metric)}"
 
-# %% ../../nbs/evidence/09_verdict.ipynb #cell-42
+# %% ../../nbs/evidence/09_verdict.ipynb #cell-50
 def _at_equal_quality(comparison:Comparison)->str:
     "The distance in time, or why there is none."
     name, (time, quality), found = comparison.variant.name, comparison.frontier_metrics, comparison.frontier.time
@@ -267,7 +267,7 @@ def _at_equal_quality(comparison:Comparison)->str:
     takes = _distance(found.absolute, found.ci95, shown, "about as long")
     return f"For the {quality.label} that {name} reaches in {took} it would need {needs}: {name} takes {takes}."
 
-# %% ../../nbs/evidence/09_verdict.ipynb #cell-43
+# %% ../../nbs/evidence/09_verdict.ipynb #cell-52
 def _at_equal_time(comparison:Comparison)->str:
     "The distance in quality, or why there is none."
     name, quality, found = comparison.variant.name, comparison.frontier_metrics[1], comparison.frontier.quality
@@ -277,7 +277,7 @@ def _at_equal_time(comparison:Comparison)->str:
     reaches = _distance(found.absolute, found.ci95, shown, "about the same")
     return f"Trained for as long as {name} it would reach {shown.show(found.reaches)}: {name} reaches {reaches}."
 
-# %% ../../nbs/evidence/09_verdict.ipynb #cell-44
+# %% ../../nbs/evidence/09_verdict.ipynb #cell-54
 def frontier_reason(
     comparison:Comparison,  # with a frontier
 )->list[str]:
@@ -293,7 +293,7 @@ def frontier_reason(
         reasons.append(f"{count(found.left_out, 'completed run')} of {c.variant.name} could not be placed beside it.")
     return reasons
 
-# %% ../../nbs/evidence/09_verdict.ipynb #cell-46
+# %% ../../nbs/evidence/09_verdict.ipynb #cell-56
 def _guard_bound(comparison:Comparison, metric:Metric)->str:
     "What the bounds on the worsening say about the margin."
     guard, show = comparison.guard, partial(amount, metric)
@@ -309,7 +309,7 @@ def _guard_bound(comparison:Comparison, metric:Metric)->str:
     kept = f"within the margin of {margin}: the guard is kept ({p_value(guard.p)})"
     return f"With 95 % confidence it is {limit}, {kept}."
 
-# %% ../../nbs/evidence/09_verdict.ipynb #cell-47
+# %% ../../nbs/evidence/09_verdict.ipynb #cell-58
 def guard_reason(
     comparison:Comparison,  # with a guard
 )->str:
@@ -327,7 +327,7 @@ def guard_reason(
     if visible(guard.difference, show): text += f", the {_towards(guard.difference, metric)} direction"
     return f"{text}. {_guard_bound(c, metric)}"
 
-# %% ../../nbs/evidence/09_verdict.ipynb #cell-51
+# %% ../../nbs/evidence/09_verdict.ipynb #cell-62
 def left_out(
     side:Side,
     label:str,  # of the metric
@@ -345,7 +345,7 @@ def left_out(
         reasons.append(f"The figures leave out {further} with a seed and repeat already counted.")
     return reasons
 
-# %% ../../nbs/evidence/09_verdict.ipynb #cell-53
+# %% ../../nbs/evidence/09_verdict.ipynb #cell-64
 def _judgement(comparison:Comparison)->list[str]:
     "The reasons that take enough runs."
     c = comparison
@@ -357,7 +357,7 @@ def _judgement(comparison:Comparison)->list[str]:
     if c.claim and serious(c): reasons.append(f"Without these problems the claim would be {by_figures(c)}.")
     return reasons
 
-# %% ../../nbs/evidence/09_verdict.ipynb #cell-54
+# %% ../../nbs/evidence/09_verdict.ipynb #cell-66
 def decide(
     comparison:Comparison,  # its own `verdict` is not looked at
 )->Verdict:
@@ -372,7 +372,7 @@ def paragraph(comparison:Comparison)->str:
     "The verdict's reasons as one paragraph for a paper."
     return " ".join(comparison.verdict.reasons)
 
-# %% ../../nbs/evidence/09_verdict.ipynb #cell-55
+# %% ../../nbs/evidence/09_verdict.ipynb #cell-68
 def compare_groups(
     baseline:Group,
     variant:Group,
@@ -388,7 +388,7 @@ def compare_groups(
     found = measure_groups(baseline, variant, claim, metrics, metric, budgets, goal, findings, related)
     return replace(found, verdict=decide(found))
 
-# %% ../../nbs/evidence/09_verdict.ipynb #cell-65
+# %% ../../nbs/evidence/09_verdict.ipynb #cell-78
 def compare_in(
     case:Case,
     baseline:Group,

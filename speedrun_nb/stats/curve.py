@@ -26,7 +26,7 @@ def covariance_of_means(
     varies = np.ptp(sample, axis=1) > 10 * np.finfo(float).eps * scale
     return np.cov(sample) / sample.shape[1] * np.outer(varies, varies)
 
-# %% ../../nbs/stats/06_curve.ipynb #cell-08
+# %% ../../nbs/stats/06_curve.ipynb #cell-09
 @dataclass(frozen=True, eq=False)
 class MeanPoint:
     "Mean time and quality of some runs."
@@ -35,7 +35,7 @@ class MeanPoint:
     quality:float     # higher is better
     noise:np.ndarray  # (2, 2) covariance of the means of (relative time, quality)
 
-# %% ../../nbs/stats/06_curve.ipynb #cell-09
+# %% ../../nbs/stats/06_curve.ipynb #cell-11
 def mean_point(
     times:np.ndarray,      # (n,) above zero
     qualities:np.ndarray,  # (n,) higher is better
@@ -45,7 +45,7 @@ def mean_point(
     noise = covariance_of_means(np.stack([times / time, qualities]))
     return MeanPoint(len(times), float(time), float(qualities.mean()), noise)
 
-# %% ../../nbs/stats/06_curve.ipynb #cell-13
+# %% ../../nbs/stats/06_curve.ipynb #cell-15
 @dataclass(frozen=True, eq=False)
 class CurveFit:
     "Log time and quality as polynomials of the log budget."
@@ -65,7 +65,7 @@ class CurveFit:
     @property
     def ends(self)->tuple[float,float]: return float(self.x.min()), float(self.x.max())
 
-# %% ../../nbs/stats/06_curve.ipynb #cell-15
+# %% ../../nbs/stats/06_curve.ipynb #cell-17
 def _scaled(fit:CurveFit, x:np.ndarray)->np.ndarray:
     "Log budgets on a scale from -1 to 1, on which their powers are numerically well behaved."
     low, high = fit.ends
@@ -76,7 +76,7 @@ def _solution(fit:CurveFit)->np.ndarray:
     powers, root = np.arange(fit.degree + 1), np.sqrt(fit.n)
     return np.linalg.pinv(root[:, None] * _scaled(fit, fit.x)[:, None] ** powers) * root
 
-# %% ../../nbs/stats/06_curve.ipynb #cell-16
+# %% ../../nbs/stats/06_curve.ipynb #cell-18
 def value_weights(
     fit:CurveFit,
     at:np.ndarray,  # (m,) log budgets
@@ -85,7 +85,7 @@ def value_weights(
     powers = np.arange(fit.degree + 1)
     return _scaled(fit, at)[:, None] ** powers @ _solution(fit)
 
-# %% ../../nbs/stats/06_curve.ipynb #cell-17
+# %% ../../nbs/stats/06_curve.ipynb #cell-20
 def slope_weights(
     fit:CurveFit,
     at:np.ndarray,  # (m,) log budgets
@@ -96,7 +96,7 @@ def slope_weights(
     derivative = powers * _scaled(fit, at)[:, None] ** np.maximum(powers - 1, 0)
     return derivative @ _solution(fit) * 2 / (high - low)
 
-# %% ../../nbs/stats/06_curve.ipynb #cell-21
+# %% ../../nbs/stats/06_curve.ipynb #cell-24
 def _variance_across(
     noise:np.ndarray,  # (..., 2, 2)
     slope:np.ndarray,  # quality per log time; broadcasts to (...)
@@ -105,7 +105,7 @@ def _variance_across(
     variance = noise[..., 1, 1] - 2 * slope * noise[..., 0, 1] + slope**2 * noise[..., 0, 0]
     return np.maximum(variance, 0)
 
-# %% ../../nbs/stats/06_curve.ipynb #cell-22
+# %% ../../nbs/stats/06_curve.ipynb #cell-25
 class CurveValues(NamedTuple):
     "The curve at some log budgets."
     log_time:np.ndarray  # (m,)
@@ -113,7 +113,7 @@ class CurveValues(NamedTuple):
     slope:np.ndarray     # (m,) quality per log time; 0 where time does not grow with the budget
     parts:np.ndarray     # (m, k) what each budget adds to the variance of the quality
 
-# %% ../../nbs/stats/06_curve.ipynb #cell-23
+# %% ../../nbs/stats/06_curve.ipynb #cell-27
 def follow(
     fit:CurveFit,
     at:np.ndarray,  # (m,) log budgets
@@ -126,7 +126,7 @@ def follow(
         steep = np.where(time_rise > 0, quality_rise / time_rise, 0.0)
     return CurveValues(log_time, quality, steep, value**2 * _variance_across(fit.noise, steep[:, None]))
 
-# %% ../../nbs/stats/06_curve.ipynb #cell-25
+# %% ../../nbs/stats/06_curve.ipynb #cell-29
 def lack_of_fit(
     fit:CurveFit,
 )->float|None:  # None if every budget is needed for the fit, and without scatter
@@ -140,7 +140,7 @@ def lack_of_fit(
     f = (n * off**2).sum() / left / scatter
     return float(stats.f.sf(f, left, within))
 
-# %% ../../nbs/stats/06_curve.ipynb #cell-28
+# %% ../../nbs/stats/06_curve.ipynb #cell-32
 _STEEPEST = 1.5  # exponent of time in the steepest learning curve that is allowed for
 
 def curve_bend(
@@ -151,7 +151,7 @@ def curve_bend(
     power_law = np.exp(-_STEEPEST * (fit.x - at[:, None]))
     return np.abs((value_weights(fit, at) * power_law).sum(axis=1) - 1) / _STEEPEST
 
-# %% ../../nbs/stats/06_curve.ipynb #cell-30
+# %% ../../nbs/stats/06_curve.ipynb #cell-34
 _NEGLIGIBLE = 0.005  # mistake of the fit, as a part of the time
 _REJECTED = 0.01     # p of lack of fit below which a degree is not enough
 
@@ -160,7 +160,7 @@ def _suffices(fit:CurveFit)->bool:
     if fit.fit_p is not None and fit.fit_p < _REJECTED: return False
     return bool(curve_bend(fit, np.linspace(*fit.ends, 41)).max() <= _NEGLIGIBLE)
 
-# %% ../../nbs/stats/06_curve.ipynb #cell-31
+# %% ../../nbs/stats/06_curve.ipynb #cell-36
 def fit_curve(
     budgets:Iterable[float],     # at least two different ones
     points:Iterable[MeanPoint],  # one a budget
@@ -174,14 +174,14 @@ def fit_curve(
         if _suffices(fit): break
     return fit
 
-# %% ../../nbs/stats/06_curve.ipynb #cell-37
+# %% ../../nbs/stats/06_curve.ipynb #cell-42
 class CurveBand(NamedTuple):
     "The curve over the measured range."
     time:np.ndarray     # (m,)
     quality:np.ndarray  # (m,)
     width:np.ndarray    # (m,) half of the pointwise 95 % interval of the mean quality; NaN without scatter
 
-# %% ../../nbs/stats/06_curve.ipynb #cell-38
+# %% ../../nbs/stats/06_curve.ipynb #cell-44
 def curve_band(fit:CurveFit, steps:int=41)->CurveBand:
     "Sample the curve."
     at = np.linspace(*fit.ends, steps)
@@ -192,7 +192,7 @@ def curve_band(fit:CurveFit, steps:int=41)->CurveBand:
         width = curve_bend(fit, at) * np.abs(line.slope) + stats.t.ppf(0.975, df) * np.sqrt(variance)
     return CurveBand(np.exp(line.log_time), line.quality, width)
 
-# %% ../../nbs/stats/06_curve.ipynb #cell-42
+# %% ../../nbs/stats/06_curve.ipynb #cell-48
 _BEYOND = 0.25             # of the measured range of log budgets, by which it may be exceeded
 _LONGEST = math.log(1.25)  # but not by more than a quarter of the budget
 _STEPS = 513               # points at which the curve is evaluated
@@ -203,7 +203,7 @@ def curve_domain(fit:CurveFit)->np.ndarray:
     more = min(_BEYOND * (high - low), _LONGEST)
     return np.linspace(low - more, high + more, _STEPS)
 
-# %% ../../nbs/stats/06_curve.ipynb #cell-44
+# %% ../../nbs/stats/06_curve.ipynb #cell-50
 def time_grows(fit:CurveFit)->bool:
     "Does the fitted time grow with the budget throughout the domain?"
     return bool((np.diff(follow(fit, curve_domain(fit)).log_time) > 0).all())
@@ -213,7 +213,7 @@ def quality_rises(fit:CurveFit)->bool:
     first, last = follow(fit, np.array(fit.ends)).quality
     return bool(first < last)
 
-# %% ../../nbs/stats/06_curve.ipynb #cell-46
+# %% ../../nbs/stats/06_curve.ipynb #cell-52
 def outside_range(
     fits:Iterable[CurveFit],
     at:Iterable[float],  # a log budget for each
@@ -225,7 +225,7 @@ def outside_range(
         found.append(max((low - x) / (high - low), (x - high) / (high - low), 0.0))
     return max(found)
 
-# %% ../../nbs/stats/06_curve.ipynb #cell-49
+# %% ../../nbs/stats/06_curve.ipynb #cell-55
 def _shifts_onto(fit:CurveFit, point:MeanPoint)->np.ndarray:
     "The shift that puts a point on the curve, for each log budget of the domain; decreasing."
     return math.log(point.time) - follow(fit, curve_domain(fit)).log_time
@@ -239,7 +239,7 @@ def _common_shifts(
     zero = [0.0] if low < 0 < high else []
     return np.union1d(np.linspace(low, high, _STEPS), zero)
 
-# %% ../../nbs/stats/06_curve.ipynb #cell-50
+# %% ../../nbs/stats/06_curve.ipynb #cell-56
 class _Placed(NamedTuple):
     "A point against the curve of one machine at every shift, times the machine's weight."
     budgets:np.ndarray  # (m,) log budget at which the curve is met
@@ -248,7 +248,7 @@ class _Placed(NamedTuple):
     parts:np.ndarray    # (m, k + 1) variances
     df:np.ndarray       # (k + 1,) degrees of freedom of each
 
-# %% ../../nbs/stats/06_curve.ipynb #cell-51
+# %% ../../nbs/stats/06_curve.ipynb #cell-58
 def _place(fit:CurveFit, point:MeanPoint, share:float, shift:np.ndarray)->_Placed:
     "Meet the curve of one machine at every shift."
     met = np.interp(shift, _shifts_onto(fit, point)[::-1], curve_domain(fit)[::-1])
@@ -258,7 +258,7 @@ def _place(fit:CurveFit, point:MeanPoint, share:float, shift:np.ndarray)->_Place
     parts = share**2 * np.column_stack([line.parts, _variance_across(point.noise, line.slope)])
     return _Placed(met, above, bend, parts, np.append(fit.n, point.n) - 1)
 
-# %% ../../nbs/stats/06_curve.ipynb #cell-52
+# %% ../../nbs/stats/06_curve.ipynb #cell-60
 class AtShift(NamedTuple):
     "A point against the curve at one shift."
     above:float          # quality above the curve, positive is better
@@ -267,7 +267,7 @@ class AtShift(NamedTuple):
     p:float              # two-sided, of "on the curve"; NaN without scatter
     budgets:list[float]  # log budget at which the curve is met, on each machine
 
-# %% ../../nbs/stats/06_curve.ipynb #cell-53
+# %% ../../nbs/stats/06_curve.ipynb #cell-61
 @dataclass(frozen=True, eq=False)
 class ShiftScan:
     "A point against the curve at every shift; arrays as in `AtShift`."
@@ -289,7 +289,7 @@ class ShiftScan:
         numbers = [float(np.interp(shift, self.shift, y)) for y in (self.above, self.bend, self.width, self.p)]
         return AtShift(*numbers, [float(np.interp(shift, self.shift, budget)) for budget in self.budgets.T])
 
-# %% ../../nbs/stats/06_curve.ipynb #cell-54
+# %% ../../nbs/stats/06_curve.ipynb #cell-63
 def scan_shifts(
     fits:list[CurveFit],      # one a machine
     points:list[MeanPoint],   # what is placed beside them
@@ -308,7 +308,7 @@ def scan_shifts(
         p = 2 * stats.t.sf(np.maximum(np.abs(above) - bend, 0) / error, df)
     return ShiftScan(shift, above, bend, width, p, np.column_stack([m.budgets for m in placed]))
 
-# %% ../../nbs/stats/06_curve.ipynb #cell-58
+# %% ../../nbs/stats/06_curve.ipynb #cell-67
 def shift_onto_curve(scan:ShiftScan)->float|None:
     "The shift that puts the point on a rising part of the curve; of several the smallest in size."
     rising = (scan.above[:-1] < 0) & (scan.above[1:] >= 0)
@@ -318,14 +318,14 @@ def shift_onto_curve(scan:ShiftScan)->float|None:
         roots.append(float(np.interp(0.0, scan.above[step], scan.shift[step])))
     return min(roots, key=abs, default=None)
 
-# %% ../../nbs/stats/06_curve.ipynb #cell-60
+# %% ../../nbs/stats/06_curve.ipynb #cell-69
 def _edge(scan:ShiftScan, inner:int, outer:int)->float:
     "The shift between two steps at which the test turns significant."
     pair = [inner, outer]
     beyond = np.sign(scan.above[outer]) * scan.above[pair] - scan.width[pair]
     return float(np.interp(0.0, beyond, scan.shift[pair]))
 
-# %% ../../nbs/stats/06_curve.ipynb #cell-61
+# %% ../../nbs/stats/06_curve.ipynb #cell-71
 def accepted_shifts(
     scan:ShiftScan,
     root:float,  # `shift_onto_curve`

@@ -100,7 +100,7 @@ def measure(outputs):
     from speedrun_nb.core.provenance import read_provenances
     from speedrun_nb.core.runs import read_runs
     from speedrun_nb.core.study import load_study
-    from speedrun_nb.evidence.comparison import compare_groups
+    from speedrun_nb.evidence.verdict import compare_groups
     from speedrun_nb.evidence.groups import find_group
 
     study = load_study("cifar")

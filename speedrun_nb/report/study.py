@@ -25,9 +25,10 @@ from ..core.settings import read_yaml
 from ..core.study import Study, from_root, load_study, study_names
 from ..core.variants import Variant, claim_of, profile_names, resolve, variant_names, without_stage
 from ..evidence.case import Case, by_baseline, make_case, nearest_baseline, rivals
-from ..evidence.comparison import Comparison, compare_in
+from ..evidence.comparison import Comparison
 from ..evidence.frontier import budget_groups
 from ..evidence.groups import Group
+from ..evidence.verdict import compare_in
 
 # %% ../../nbs/report/01_study.ipynb #cell-05
 @dataclass(frozen=True)

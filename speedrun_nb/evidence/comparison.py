@@ -19,8 +19,9 @@ from .guard import GuardResult, guard_groups
 from .paired import Paired, choose_estimate, paired
 from .strata import Stratified, Stratum, samples, strata, stratified, stratum_labels
 from .target import TargetResult, target
+from ..stats.bootstrap import bca_interval
 from ..stats.describe import Description, describe, plain
-from ..stats.effect import Effect, bca_interval, effect
+from ..stats.effect import Effect, effect
 from ..stats.estimate import Difference, Estimate, difference
 from ..stats.family import Family, family
 from ..stats.permutation import Permutation, permutation_test

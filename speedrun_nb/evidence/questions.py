@@ -14,7 +14,7 @@ from ..core.variants import claim_of, plain_hashes, variant_names
 from .case import Case, rivals
 from .groups import Group, find_group
 from .paired import paired
-from ..stats.power import Plan, plan_study
+from .power_analysis import PowerAnalysis, power_analysis
 
 # %% ../../nbs/evidence/10_questions.ipynb #cell-05
 def _smallest_guard(study:Study)->Guard|None:
@@ -86,13 +86,13 @@ def plan_case(
     runs:int|None=None,         # on each side: what could they have detected?
     price:float|None=None,      # of an hour
     baseline:str="baseline",    # the group whose runs show the spread
-)->Plan:
+)->PowerAnalysis:
     "Plan a comparison from the recorded runs. Raises `SpeedrunError` if they do not allow it."
     study = case.study
     planned = study.metrics[one_of(metric, study.metrics, "metric")]
     hashes = plain_hashes(study, case.profile, [baseline.partition("@")[0]])
     group = find_group(case.rows, baseline, hashes)
     kept = read_margin(margin, study)
-    return plan_study(
+    return power_analysis(
         group, planned, effect, power, margin=kept and (*kept, group), price_per_hour=price, n=runs,
         overhead_seconds=overhead_seconds(case, group), correlation=known_correlation(case, group, planned))

@@ -13,7 +13,7 @@ from ..core.errors import SpeedrunError
 from ..core.plans import read_plans
 from ..core.study import Metric
 from ..stats.estimate import Difference, difference
-from ..stats.sequential import Watch
+from ..stats.stopping import Watch
 from .file import Condition, Sweep
 from .plan import as_frozen
 from .state import Cells

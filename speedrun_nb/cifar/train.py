@@ -200,7 +200,8 @@ def warm_up(settings:Settings, data:dict, precision:str, device:torch.device)->f
 def _failed(seed:int, error:Exception)->Result:
     "The record of a run that raised: what, and where."
     trace = "".join(traceback.format_exception(error)[-3:])
-    return Result(seed, "failed", None, {}, {}, [], None, error=f"{type(error).__name__}: {error}\n{trace}"[:4000])
+    text = f"{type(error).__name__}: {error}\n{trace}"[:4000]
+    return Result(seed, "failed", None, metrics={}, curve={}, losses=[], peak_memory_bytes=None, error=text)
 
 def train(
     settings:Settings,

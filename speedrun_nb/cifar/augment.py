@@ -72,6 +72,7 @@ def crop_order(
     over = until is not None and epoch >= until
     return settings.crop_after if over else settings.crop_order
 
+# %% ../../nbs/cifar/02_augment.ipynb #cell-25
 def mirror_half(
     images:torch.Tensor,        # (n, h, w, c)
     generator:torch.Generator,  # on the CPU
@@ -80,7 +81,7 @@ def mirror_half(
     mirrored = torch.rand(len(images), generator=generator) < 0.5
     return torch.where(mirrored.to(images.device)[:, None, None, None], images.flip(2), images)
 
-# %% ../../nbs/cifar/02_augment.ipynb #cell-25
+# %% ../../nbs/cifar/02_augment.ipynb #cell-27
 class Augmenter:
     "Makes the training images of one epoch after the other."
     def __init__(

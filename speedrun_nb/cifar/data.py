@@ -65,6 +65,7 @@ GLYPHS = """
 #####  #....  #....  #....  ..#..  ....#  .####  #....  #####  #####
 """
 
+# %% ../../nbs/cifar/01_data.ipynb #cell-17
 @functools.cache
 def glyph_masks()->torch.Tensor: # (10, 1, 5, 5) float32, 1 where there is ink
     "The glyphs as small bitmaps."
@@ -72,7 +73,7 @@ def glyph_masks()->torch.Tensor: # (10, 1, 5, 5) float32, 1 where there is ink
     glyphs = [[[[cell == "#" for cell in row[i]] for row in rows]] for i in range(10)]
     return torch.tensor(glyphs, dtype=torch.float32)
 
-# %% ../../nbs/cifar/01_data.ipynb #cell-18
+# %% ../../nbs/cifar/01_data.ipynb #cell-20
 def _placed(
     masks:torch.Tensor,   # (n, 1, 5, 5) bitmaps
     angle:torch.Tensor,   # (n,) tilt, radians
@@ -88,7 +89,7 @@ def _placed(
     grid = F.affine_grid(transform, (len(masks), 1, 32, 32), align_corners=False)
     return F.grid_sample(masks, grid, align_corners=False)
 
-# %% ../../nbs/cifar/01_data.ipynb #cell-20
+# %% ../../nbs/cifar/01_data.ipynb #cell-22
 CONTRAST = (0.27, 0.8)  # of the ink, in parts of full brightness
 _NOISE = 0.12           # standard deviation, in parts of full brightness
 
@@ -110,7 +111,7 @@ def draw_glyphs(
     image = background + ink * strength * uniform(0.4, 1, 3, 1, 1) + noise
     return (image.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous()
 
-# %% ../../nbs/cifar/01_data.ipynb #cell-21
+# %% ../../nbs/cifar/01_data.ipynb #cell-23
 EMBEDDED_TEST_IMAGES = 1_000
 
 @functools.cache
@@ -124,7 +125,7 @@ def embedded_images()->dict:
     return dict(train_images=train_images, train_labels=train_labels,
                 test_images=test_images, test_labels=test_labels)
 
-# %% ../../nbs/cifar/01_data.ipynb #cell-24
+# %% ../../nbs/cifar/01_data.ipynb #cell-26
 def load_embedded(split:str)->tuple[dict, dict]:
     "The embedded data set in one of the splits, and the hash of its bytes."
     data = embedded_images()
@@ -136,7 +137,7 @@ def load_embedded(split:str)->tuple[dict, dict]:
     return dict(train_images=images[:cut], train_labels=labels[:cut],
                 test_images=images[cut:], test_labels=labels[cut:]), hashes
 
-# %% ../../nbs/cifar/01_data.ipynb #cell-27
+# %% ../../nbs/cifar/01_data.ipynb #cell-29
 def load_data(
     settings:Settings,
     device:torch.device,

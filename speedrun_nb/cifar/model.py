@@ -25,6 +25,7 @@ def batch_norm(
     norm.weight.requires_grad_(False)
     return norm
 
+# %% ../../nbs/cifar/03_model.ipynb #cell-07
 def conv3x3(
     inputs:int,   # channels
     outputs:int,  # channels
@@ -32,7 +33,7 @@ def conv3x3(
     "A 3×3 convolution without bias that keeps the size."
     return nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
 
-# %% ../../nbs/cifar/03_model.ipynb #cell-07
+# %% ../../nbs/cifar/03_model.ipynb #cell-09
 class Block(nn.Module):
     "Convolution, pooling by 2, batch norm, GELU, convolution, batch norm, GELU."
     def __init__(
@@ -49,7 +50,7 @@ class Block(nn.Module):
         x = F.gelu(self.norm1(F.max_pool2d(self.conv1(x), 2)))
         return F.gelu(self.norm2(self.conv2(x)))
 
-# %% ../../nbs/cifar/03_model.ipynb #cell-09
+# %% ../../nbs/cifar/03_model.ipynb #cell-11
 WHITEN_KERNEL = 2                              # side of the whitened patches, pixels
 WHITEN_WIDTH = 2 * 3 * WHITEN_KERNEL**2        # filters of the first layer
 
@@ -74,7 +75,7 @@ class Network(nn.Module):
         x = self.blocks(F.gelu(self.whiten(images)))
         return self.head(F.max_pool2d(x, 3).flatten(1)) * self.logit_scale
 
-# %% ../../nbs/cifar/03_model.ipynb #cell-14
+# %% ../../nbs/cifar/03_model.ipynb #cell-16
 def _initial_weight(
     module:nn.Module,           # a convolution or a linear layer
     identity:bool,              # do the first filters start as the identity?
@@ -85,6 +86,7 @@ def _initial_weight(
     if identity: nn.init.dirac_(weight[:weight.shape[1]])
     return weight
 
+# %% ../../nbs/cifar/03_model.ipynb #cell-18
 def initialize(
     network:Network,
     generator:torch.Generator, # on the CPU
@@ -97,7 +99,7 @@ def initialize(
         module.weight.data.copy_(_initial_weight(module, identity, generator))
         if module.bias is not None: nn.init.zeros_(module.bias)
 
-# %% ../../nbs/cifar/03_model.ipynb #cell-17
+# %% ../../nbs/cifar/03_model.ipynb #cell-21
 def _patches(
     images:torch.Tensor,  # (n, 3, h, w)
     size:int,             # side of a patch, pixels
@@ -106,6 +108,7 @@ def _patches(
     patches = images.float().unfold(2, size, 1).unfold(3, size, 1)
     return patches.permute(0, 2, 3, 1, 4, 5).reshape(-1, 3 * size**2)
 
+# %% ../../nbs/cifar/03_model.ipynb #cell-23
 def whitening_filters(
     images:torch.Tensor, # (n, 3, h, w) normalised
     eps:float,           # added to the eigenvalues
@@ -117,7 +120,7 @@ def whitening_filters(
     filters = (vectors / (values + eps).sqrt()).T.flip(0).reshape(-1, 3, size, size)
     return torch.cat([filters, -filters])
 
-# %% ../../nbs/cifar/03_model.ipynb #cell-22
+# %% ../../nbs/cifar/03_model.ipynb #cell-28
 ORIGINAL_NAMES = {"0.": "whiten.", "2.": "blocks.0.", "3.": "blocks.1.", "4.": "blocks.2.", "7.": "head."}
 
 def from_original(

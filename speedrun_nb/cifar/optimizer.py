@@ -48,12 +48,13 @@ def schedule_factor(
     if step < warmup: return settings.start + (1 - settings.start) * step / warmup
     return settings.end + (1 - settings.end) * (total - step) / (total - warmup)
 
+# %% ../../nbs/cifar/04_optimizer.ipynb #cell-13
 def make_scheduler(optimizer:torch.optim.Optimizer, settings:Settings):
     "A scheduler to be stepped after each optimiser step."
     def factor(step): return schedule_factor(step, settings.total_steps, settings.schedule)
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
-# %% ../../nbs/cifar/04_optimizer.ipynb #cell-14
+# %% ../../nbs/cifar/04_optimizer.ipynb #cell-16
 def lookahead_kept(
     step:int,     # steps done
     total:int,    # steps in all
@@ -63,7 +64,7 @@ def lookahead_kept(
     "Part of the average that an update keeps: decay**every * (step / total)**3."
     return decay**every * (step / total) ** 3
 
-# %% ../../nbs/cifar/04_optimizer.ipynb #cell-16
+# %% ../../nbs/cifar/04_optimizer.ipynb #cell-18
 class Lookahead:
     "Slow weights: an average of all floating-point parameters and buffers."
     def __init__(self, network:nn.Module):

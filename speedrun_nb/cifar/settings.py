@@ -187,6 +187,7 @@ def notice(
     return ("Made with the embedded synthetic images, not with CIFAR-10: "
             "it shows how the tool works and says nothing about CIFAR-10.")
 
+# %% ../../nbs/cifar/00_settings.ipynb #cell-28
 def data_words(
     flat:Mapping,  # settings by dotted name
 )->str:
@@ -194,7 +195,7 @@ def data_words(
     if notice(flat): return "embedded synthetic images"
     return f"the data set {flat['data.dataset']}, split {flat['data.split']}"
 
-# %% ../../nbs/cifar/00_settings.ipynb #cell-28
+# %% ../../nbs/cifar/00_settings.ipynb #cell-30
 LOG_NAMES = {
     "epochs": "train.epochs",
     "train_epochs": "train.epochs",
@@ -214,7 +215,7 @@ LOG_NAMES = {
     "activation": "model.activation",
 }
 
-# %% ../../nbs/cifar/00_settings.ipynb #cell-29
+# %% ../../nbs/cifar/00_settings.ipynb #cell-31
 _CLOCK = "airbench: whitening initialisation, all training steps with their augmentation, " \
          "final test-time-augmented evaluation"
 
@@ -224,7 +225,7 @@ Every batch starts with an untimed warm-up that uses each shape once. \
 One integer seeds the initial weights, the order of the images, the mirrors and the crops, \
 each by its own generator, so that runs of two variants with the same seed start alike."""
 
-# %% ../../nbs/cifar/00_settings.ipynb #cell-30
+# %% ../../nbs/cifar/00_settings.ipynb #cell-32
 STUDY = Study(
     name="cifar",
     title="CIFAR-10",

@@ -45,11 +45,12 @@ def choose_precision(
     if device.type == "cuda": return "fp16"
     return "bf16" if cpu_has_bf16() else "fp32"
 
+# %% ../../nbs/cifar/06_train.ipynb #cell-10
 def input_dtype(precision:str)->torch.dtype:
     "The number format of normalised images."
     return torch.float16 if precision == "fp16" else torch.float32
 
-# %% ../../nbs/cifar/06_train.ipynb #cell-11
+# %% ../../nbs/cifar/06_train.ipynb #cell-13
 def make_network(
     settings:Settings,
     generator:torch.Generator,
@@ -65,7 +66,7 @@ def make_network(
             if isinstance(module, torch.nn.BatchNorm2d): module.float()
     return network.to(device, memory_format=torch.channels_last)
 
-# %% ../../nbs/cifar/06_train.ipynb #cell-14
+# %% ../../nbs/cifar/06_train.ipynb #cell-16
 def whiten(
     network:Network,
     data:dict,            # see `load_data`
@@ -76,7 +77,7 @@ def whiten(
     images = normalize(data["train_images"][:settings.images], dtype)
     network.whiten.weight.data.copy_(whitening_filters(images, settings.eps))
 
-# %% ../../nbs/cifar/06_train.ipynb #cell-16
+# %% ../../nbs/cifar/06_train.ipynb #cell-18
 class Trainer:
     "A network with its optimiser, schedule and lookahead, advanced a step at a time."
     def __init__(
@@ -117,7 +118,7 @@ class Trainer:
             self.lookahead.update(self.network, lookahead_kept(done, total, settings.every, settings.decay))
         if done == total: self.lookahead.update(self.network, 1.0)
 
-# %% ../../nbs/cifar/06_train.ipynb #cell-20
+# %% ../../nbs/cifar/06_train.ipynb #cell-22
 REPORT_SECONDS = 1.0  # at least this long between two reports from within an epoch
 
 def train_one(
@@ -172,13 +173,14 @@ def train_one(
         final = accuracy(network, data["test_images"], data["test_labels"], settings.evaluation.tta_level, dtype)
     yield result("completed", accuracy=final, accuracy_plain=plain, train_loss=curve["train_loss"][-1])
 
-# %% ../../nbs/cifar/06_train.ipynb #cell-22
+# %% ../../nbs/cifar/06_train.ipynb #cell-24
 def _warm_up_evaluation(network:Network, data:dict, level:int, dtype:torch.dtype)->None:
     "Evaluate a whole chunk and one of the size of the last, without and with augmentation."
     images, labels = data["test_images"], data["test_labels"]
     for size in {min(EVALUATION_CHUNK, len(images)), len(images) % EVALUATION_CHUNK or EVALUATION_CHUNK}:
         for one in (0, level): accuracy(network, images[:size], labels[:size], one, dtype)
 
+# %% ../../nbs/cifar/06_train.ipynb #cell-26
 def warm_up(settings:Settings, data:dict, precision:str, device:torch.device)->float:
     "Use every shape and graph of a run once. Returns seconds."
     start, dtype, batch_size = time.perf_counter(), input_dtype(precision), settings.train.batch_size
@@ -196,7 +198,7 @@ def warm_up(settings:Settings, data:dict, precision:str, device:torch.device)->f
     loss.item()
     return time.perf_counter() - start
 
-# %% ../../nbs/cifar/06_train.ipynb #cell-24
+# %% ../../nbs/cifar/06_train.ipynb #cell-28
 def _failed(seed:int, error:Exception)->Result:
     "The record of a run that raised: what, and where."
     trace = "".join(traceback.format_exception(error)[-3:])

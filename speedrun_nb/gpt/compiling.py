@@ -35,6 +35,7 @@ def _graphs_and_fallbacks()->tuple[int, int]:
     breaks = sum(utils.counters["graph_break"].values())
     return utils.counters["stats"]["unique_graphs"], len(_LIMITS.hits) + breaks
 
+# %% ../../nbs/gpt/10_compiling.ipynb #cell-09
 class CompileCounts:
     "What torch.compile did: use it as a context around a run, after the warm-up; it may be read at any time."
     def __init__(self): self._begin = self._end = None
@@ -60,7 +61,7 @@ class CompileCounts:
         "Limits and graph breaks in this process so far: what fell back once stays uncompiled."
         return (self._end or _graphs_and_fallbacks())[1]
 
-# %% ../../nbs/gpt/10_compiling.ipynb #cell-11
+# %% ../../nbs/gpt/10_compiling.ipynb #cell-13
 _SLACK = 4  # graphs beyond those expected: a last, smaller batch of the validation
 
 def _raise_limits(graphs:int)->None:
@@ -77,7 +78,7 @@ def _search_longer()->None:
     from torch._inductor import config
     config.coordinate_descent_tuning = True
 
-# %% ../../nbs/gpt/10_compiling.ipynb #cell-13
+# %% ../../nbs/gpt/10_compiling.ipynb #cell-15
 def _kinds(blocks:nn.ModuleList)->int:
     "How many of the blocks are unlike."
     return len({(str(block), *(tuple(p.shape) for p in block.parameters())) for block in blocks})
@@ -88,6 +89,7 @@ def _compile_blocks(network:nn.Module, **options)->nn.Module:
     network.read_out = torch.compile(network.read_out, **options)
     return network
 
+# %% ../../nbs/gpt/10_compiling.ipynb #cell-17
 def compile_network(
     network:nn.Module,        # has `blocks`
     how:str,                  # none, model or blocks

@@ -34,6 +34,7 @@ def _other_shards(folders:list[Path])->str:
     names = sorted({match[1] for match in matches if match})
     return f"There are shards {', '.join(names)}. " if names else ""
 
+# %% ../../nbs/gpt/03_data.ipynb #cell-07
 def _shard_folder(data:Data, which:str)->Path:
     "The first folder that holds the shards `which` (train or validation)."
     name, folders = getattr(data, which), data_folders(data.dataset)
@@ -43,7 +44,7 @@ def _shard_folder(data:Data, which:str)->Path:
                         f"{_other_shards(folders)}{REMEDIES}; "
                         f"SPEEDRUN_DATA names the folder that holds {data.dataset}/.")
 
-# %% ../../nbs/gpt/03_data.ipynb #cell-07
+# %% ../../nbs/gpt/03_data.ipynb #cell-09
 def _check_numbers(shards:list[tuple[int, Path]], name:str)->None:
     "Raises `SpeedrunError` for a number that is missing or there twice."
     expected = min(1, shards[0][0])
@@ -56,6 +57,7 @@ def _check_numbers(shards:list[tuple[int, Path]], name:str)->None:
             raise SpeedrunError(f"{missing} is missing, and {path.name} is there: {REMEDIES}.")
         expected += 1
 
+# %% ../../nbs/gpt/03_data.ipynb #cell-11
 def find_shards(
     data:Data,
     which:str,     # "train" or "validation"
@@ -71,7 +73,7 @@ def find_shards(
                             f"lower it, or get more: {remedies}.")
     return [path for _, path in shards[:wanted]]
 
-# %% ../../nbs/gpt/03_data.ipynb #cell-11
+# %% ../../nbs/gpt/03_data.ipynb #cell-15
 def _read_shard(
     path:Path,
 )->tuple[str, int]: # sha256 of the file, and its largest token
@@ -83,7 +85,7 @@ def _read_shard(
             largest = max(largest, int(np.frombuffer(block, "<u2").max()))
     return digest.hexdigest(), largest
 
-# %% ../../nbs/gpt/03_data.ipynb #cell-13
+# %% ../../nbs/gpt/03_data.ipynb #cell-17
 def inspect_shard(
     path:Path,          # a shard that `open_shard` accepts
 )->tuple[str, int]:     # sha256 of the file, and its largest token
@@ -100,7 +102,7 @@ def inspect_shard(
         write_json(memory, {"file": file, "sha256": sha256, "largest": largest})
     return sha256, largest
 
-# %% ../../nbs/gpt/03_data.ipynb #cell-17
+# %% ../../nbs/gpt/03_data.ipynb #cell-21
 @dataclass(frozen=True)
 class Tokens:
     "What a run trains and validates on."
@@ -108,6 +110,7 @@ class Tokens:
     validation:list[np.ndarray]
     hashes:dict[str, str]        # sha256 by file name
 
+# %% ../../nbs/gpt/03_data.ipynb #cell-23
 def _read_embedded(vocabulary:int)->Tokens:
     train, validation = embedded_tokens()
     largest = max(train.max(), validation.max())
@@ -117,7 +120,7 @@ def _read_embedded(vocabulary:int)->Tokens:
     digest = hashlib.sha256(train.astype("<u2").tobytes() + validation.astype("<u2").tobytes())
     return Tokens([train], [validation], {"embedded": digest.hexdigest()})
 
-# %% ../../nbs/gpt/03_data.ipynb #cell-18
+# %% ../../nbs/gpt/03_data.ipynb #cell-24
 def _open_checked(path:Path, vocabulary:int)->tuple[np.ndarray, str]: # tokens and hash
     tokens = open_shard(path)
     sha256, largest = inspect_shard(path)
@@ -126,11 +129,12 @@ def _open_checked(path:Path, vocabulary:int)->tuple[np.ndarray, str]: # tokens a
                             f"set it to {largest + 1} or more, or tokenize with a smaller encoding")
     return tokens, sha256
 
+# %% ../../nbs/gpt/03_data.ipynb #cell-26
 def read_tokens(
     data:Data,
     vocabulary:int,  # rows of the embedding
 )->Tokens:
-    "The tokens that the settings name. Raises `SpeedrunError` for missing or damaged shards and for tokens beyond the vocabulary."
+    "The tokens that the settings name. Raises `SpeedrunError` for bad shards and for tokens beyond the vocabulary."
     if data.dataset == "embedded": return _read_embedded(vocabulary)
     opened, hashes = {}, {}
     for which in ("train", "validation"):

@@ -64,6 +64,7 @@ def _decoded(path:Path, tell:Callable[[int], None])->Iterator[str]:
             if text: yield text
             if not chunk: return
 
+# %% ../../nbs/gpt/17_documents.ipynb #cell-10
 def text_documents(
     path:Path,
     column:str,                  # text has none
@@ -72,7 +73,7 @@ def text_documents(
     "The file as one document. Raises `SpeedrunError` where it is not UTF-8."
     yield _decoded(path, tell)
 
-# %% ../../nbs/gpt/17_documents.ipynb #cell-10
+# %% ../../nbs/gpt/17_documents.ipynb #cell-12
 def _no_column(column:str, names:Iterable[str])->str:
     there = ", ".join(map(str, names)) or "none at all"
     return f"there is no column {column!r}, but {there}; name the one with the text by --column"
@@ -87,7 +88,7 @@ def _checked(value:object, where:str, column:str)->str:
     except UnicodeEncodeError: return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return value
 
-# %% ../../nbs/gpt/17_documents.ipynb #cell-12
+# %% ../../nbs/gpt/17_documents.ipynb #cell-14
 def _parse_line(line:bytes, where:str, column:str, first:bool)->object:
     "What is in a line of JSON."
     try: return json.loads(line.decode("utf-8-sig" if first else "utf-8"))
@@ -97,6 +98,7 @@ def _parse_line(line:bytes, where:str, column:str, first:bool)->object:
         raise SpeedrunError(f"{where}: not JSON ({problem}); "
                             f"each line holds one document: {{\"{column}\": \"...\"}}") from None
 
+# %% ../../nbs/gpt/17_documents.ipynb #cell-16
 def json_documents(path:Path, column:str, tell:Callable[[int], None])->Iterator[Iterable[str]]:
     "A document a line: the text under the key `column`; null counts as empty. Raises `SpeedrunError` naming the line."
     with _opened(path, tell) as file:
@@ -111,7 +113,7 @@ def json_documents(path:Path, column:str, tell:Callable[[int], None])->Iterator[
             if column not in row: raise SpeedrunError(f"{where}: {_no_column(column, row)}")
             yield [_checked(row[column], where, column)]
 
-# %% ../../nbs/gpt/17_documents.ipynb #cell-14
+# %% ../../nbs/gpt/17_documents.ipynb #cell-18
 _PARQUET_ROWS = 256  # read at once
 
 def open_parquet(path:Path, column:str)->"pyarrow.parquet.ParquetFile":  # noqa: F821  imported only where it is used
@@ -126,6 +128,7 @@ def open_parquet(path:Path, column:str)->"pyarrow.parquet.ParquetFile":  # noqa:
     if column not in names: raise SpeedrunError(f"{path}: {_no_column(column, names)}")
     return parquet
 
+# %% ../../nbs/gpt/17_documents.ipynb #cell-20
 def parquet_documents(path:Path, column:str, tell:Callable[[int], None])->Iterator[Iterable[str]]:
     "A document a row, read in batches; null counts as empty. Raises `SpeedrunError`."
     parquet = open_parquet(path, column)
@@ -142,7 +145,7 @@ def parquet_documents(path:Path, column:str, tell:Callable[[int], None])->Iterat
         raise SpeedrunError(f"{path}: column {column!r} is not UTF-8 in rows {done} to {last}") from None
     except OSError as error: raise SpeedrunError(f"{path} is damaged: {error}") from None
 
-# %% ../../nbs/gpt/17_documents.ipynb #cell-16
+# %% ../../nbs/gpt/17_documents.ipynb #cell-22
 _READERS = {".jsonl": json_documents, ".ndjson": json_documents, ".json": json_documents,
             ".parquet": parquet_documents}
 

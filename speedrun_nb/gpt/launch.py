@@ -36,6 +36,7 @@ def count_gpus()->int:
     "GPUs that this process may use, counted without initialising CUDA."
     return torch.cuda.device_count()
 
+# %% ../../nbs/gpt/15_launch.ipynb #cell-07
 def _read_gpus(gpus:str|int)->int|None:
     "How many GPUs are asked for; None: all there are."
     if isinstance(gpus, str) and gpus.strip().isdecimal(): gpus = int(gpus)
@@ -43,6 +44,7 @@ def _read_gpus(gpus:str|int)->int|None:
     if type(gpus) is int and gpus >= 0: return gpus
     raise SpeedrunError(f"gpus: {gpus!r} is not a number of GPUs; write a whole number, or auto for all")
 
+# %% ../../nbs/gpt/15_launch.ipynb #cell-09
 def _check_gpus_there(wanted:int, there:int)->None:
     if wanted > there:
         otherwise = "" if there else ", which trains on the CPU"
@@ -52,7 +54,7 @@ def _check_gpus_there(wanted:int, there:int)->None:
         raise SpeedrunError("gpus: 0, but there are GPUs here, which would be used; "
                             'to train on the CPU set CUDA_VISIBLE_DEVICES=""')
 
-# %% ../../nbs/gpt/15_launch.ipynb #cell-06
+# %% ../../nbs/gpt/15_launch.ipynb #cell-10
 def count_processes(
     settings:Settings,
     gpus:str|int="auto", # how many to use; auto: all there are
@@ -65,11 +67,12 @@ def count_processes(
     check_sizes(settings, world)
     return world
 
+# %% ../../nbs/gpt/15_launch.ipynb #cell-12
 def check_gpus(settings:Settings, gpus:str|int="auto")->None:
     "Can this machine train so? Raises `SpeedrunError` where it cannot."
     count_processes(settings, gpus)
 
-# %% ../../nbs/gpt/15_launch.ipynb #cell-09
+# %% ../../nbs/gpt/15_launch.ipynb #cell-15
 def _torchrun(world:int, log_folder:str)->list[str]:
     "The command that starts processes on this machine."
     return [sys.executable, "-m", "torch.distributed.run",
@@ -77,6 +80,7 @@ def _torchrun(world:int, log_folder:str)->list[str]:
             "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--local-addr", "localhost",
             "--log-dir", log_folder]
 
+# %% ../../nbs/gpt/15_launch.ipynb #cell-17
 def _training(settings:Settings, seeds:Iterable[int], checkpoints:Path|None, timeout:float)->list[str]:
     "What each process is to do."
     values = dict(variant="baseline", profile="demo", overrides=json.dumps(to_flat(settings)),
@@ -86,6 +90,7 @@ def _training(settings:Settings, seeds:Iterable[int], checkpoints:Path|None, tim
     for name, value in values.items(): words += ["-p", name, value]
     return words
 
+# %% ../../nbs/gpt/15_launch.ipynb #cell-19
 def _environment(world:int)->dict:
     "Of the processes: this package, and each its share of the cores."
     package = str(Path(__file__).resolve().parents[2]) if "__file__" in globals() else str(project_root())
@@ -93,7 +98,7 @@ def _environment(world:int)->dict:
     threads = str(max(1, cpu_cores() // world))
     return {"OMP_NUM_THREADS": threads} | os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
 
-# %% ../../nbs/gpt/15_launch.ipynb #cell-11
+# %% ../../nbs/gpt/15_launch.ipynb #cell-21
 _SIGNALS = {"SIGABRT": "it gave up, on GPUs mostly because another process did not answer in time",
             "SIGSEGV": "it crashed"}
 
@@ -108,7 +113,7 @@ def _by_signal(lines:list[str])->list[str]:
     why = _SIGNALS.get(name, "by hand, or because memory ran out")
     return [f"a process was ended by {name}: {why}"]
 
-# %% ../../nbs/gpt/15_launch.ipynb #cell-13
+# %% ../../nbs/gpt/15_launch.ipynb #cell-23
 _MISSED = (LOST, "DistBackendError", "DistStoreError", "KeyboardInterrupt")  # a process that missed another says this
 _TORCHRUN = re.compile(r"[EW]\d{4} .*torch/distributed/elastic/")
 
@@ -117,6 +122,7 @@ def _before_torchrun(lines:list[str])->list[str]:
     end = next((i for i, line in enumerate(lines) if _TORCHRUN.match(line)), len(lines))
     return lines[:end]
 
+# %% ../../nbs/gpt/15_launch.ipynb #cell-25
 def explain_end(
     lines:list[str],  # of the log
     code:int|None,    # exit code; None: still running
@@ -129,7 +135,7 @@ def explain_end(
     last = [f"  {line}" for line in _before_torchrun(lines)[-20:]]
     return "\n".join([reason, "The end of the log:", *last])
 
-# %% ../../nbs/gpt/15_launch.ipynb #cell-16
+# %% ../../nbs/gpt/15_launch.ipynb #cell-28
 _KINDS = {kind.__name__: kind for kind in (Ready, Progress, Result)}
 _PATIENCE = 3600.0  # seconds without any event after which the processes are taken for dead
 
@@ -145,6 +151,7 @@ def _read_lines(pipe, patience:float)->Iterator[bytes|None]:
             yield from lines
         yield None
 
+# %% ../../nbs/gpt/15_launch.ipynb #cell-30
 def _end(process:subprocess.Popen, grace:float)->None:
     "End a process: wait, then ask, then insist."
     try:
@@ -156,7 +163,7 @@ def _end(process:subprocess.Popen, grace:float)->None:
         process.kill()
         process.wait()
 
-# %% ../../nbs/gpt/15_launch.ipynb #cell-17
+# %% ../../nbs/gpt/15_launch.ipynb #cell-31
 class Child:
     "torchrun and its processes. Leaving the `with` block ends them, whatever happened."
     def __init__(
@@ -207,7 +214,7 @@ class Child:
         self.log.seek(0)
         return explain_end(self.log.read().decode(errors="replace").splitlines(), code)
 
-# %% ../../nbs/gpt/15_launch.ipynb #cell-19
+# %% ../../nbs/gpt/15_launch.ipynb #cell-33
 def _with_start(result:Result, seconds:float)->Result:
     "A result whose time of the whole process has the start in it."
     wall = seconds + result.metrics["wall_seconds"]
@@ -221,7 +228,7 @@ def _never_ready(world:int)->Ready:
 def _lost_run(seed:int, error:str)->Result:
     return Result(seed, "failed", None, metrics={}, curve={}, losses=[], peak_memory_bytes=None, error=error)
 
-# %% ../../nbs/gpt/15_launch.ipynb #cell-20
+# %% ../../nbs/gpt/15_launch.ipynb #cell-34
 def train(
     settings:Settings,
     seeds:Iterable[int],

@@ -87,7 +87,8 @@ class TokenStream:
 
     def _check_sizes(self, sequences:int, length:int)->None:
         if sequences % self.world:
-            raise SpeedrunError(f"train.batch_size: {sequences} sequences cannot be divided among {self.world} processes")
+            raise SpeedrunError(f"train.batch_size: {sequences} sequences cannot be divided "
+                                f"among {self.world} processes")
         if length >= self.ring.size:
             raise SpeedrunError(f"data.sequence_length: {length} tokens are too many "
                                 f"for {self.ring.size:,} tokens of training data")
@@ -125,6 +126,7 @@ def _check_validation(size:int, tokens:int, length:int)->None:
                                  f"set it to {most:,} or fewer")
     raise SpeedrunError(f"data.sequence_length: {length} tokens are too many for {size:,} validation tokens")
 
+# %% ../../nbs/gpt/04_loader.ipynb #cell-25
 def validation_batches(
     shards:Sequence[np.ndarray], # (n,) uint16 each
     tokens:int,            # to validate on, over all processes: a whole number of sequences

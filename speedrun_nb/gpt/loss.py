@@ -96,6 +96,7 @@ def autocast_dtype(tensor:torch.Tensor)->torch.dtype:
     kind = tensor.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
 
+# %% ../../nbs/gpt/05_loss.ipynb #cell-18
 def linear_cross_entropy(
     hidden:torch.Tensor,  # (n, width)
     weight:torch.Tensor,  # (vocabulary, width)

@@ -35,6 +35,7 @@ def rotations(
     angles = (torch.arange(length).float()[:, None] * speeds)[:, None]
     return angles.cos().bfloat16(), angles.sin().bfloat16()
 
+# %% ../../nbs/gpt/06_model.ipynb #cell-10
 def rotate(
     x:torch.Tensor,    # (n, length, heads, channels)
     cos:torch.Tensor,  # see `rotations`
@@ -44,7 +45,7 @@ def rotate(
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos + b * sin, b * cos - a * sin], -1).type_as(x)
 
-# %% ../../nbs/gpt/06_model.ipynb #cell-11
+# %% ../../nbs/gpt/06_model.ipynb #cell-13
 class CausalConv(nn.Conv1d):
     "A convolution over time that sees the present step and those before it."
     def __init__(
@@ -59,7 +60,7 @@ class CausalConv(nn.Conv1d):
     def forward(self, x):  # (n, length, channels) -> the same
         return super().forward(x.mT)[..., :x.shape[1]].mT
 
-# %% ../../nbs/gpt/06_model.ipynb #cell-13
+# %% ../../nbs/gpt/06_model.ipynb #cell-15
 def attention_convs(
     model:Model,
     heads:int,           # key-value heads of the block
@@ -73,9 +74,9 @@ def attention_convs(
     sizes = {"query_conv": model.heads, "key_conv": heads, "value_conv": heads}
     return {name: CausalConv(n * channels, n * channels, kernel, bias=False) for name, n in sizes.items()}
 
-# %% ../../nbs/gpt/06_model.ipynb #cell-15
+# %% ../../nbs/gpt/06_model.ipynb #cell-17
 class Attention(nn.Module):
-    "Causal self-attention with rotary embeddings and normalised queries and keys; grouped queries (Ainslie et al. 2023)."
+    "Causal self-attention with rotary embeddings, normalised queries and keys, grouped queries (Ainslie et al. 2023)."
     def __init__(
         self,
         model:Model,
@@ -90,7 +91,7 @@ class Attention(nn.Module):
         self.kind = model.attention_conv
         for name, conv in attention_convs(model, heads).items(): setattr(self, name, conv)
 
-    def project(self, x):  # (n, length, width) -> queries (n, length, width), keys and values (n, length, heads * channels)
+    def project(self, x):  # (n, length, width) -> queries as x; keys and values (n, length, heads * channels)
         query, key, value = self.query(x), self.key(x), self.value(x)
         if self.kind == "none": return query, key, value
         if self.kind == "grouped": return self.query_conv(query), self.key_value_conv(key), self.key_value_conv(value)
@@ -104,7 +105,7 @@ class Attention(nn.Module):
         mixed = F.scaled_dot_product_attention(*heads_first, is_causal=True)
         return self.output(mixed.transpose(1, 2).flatten(2))
 
-# %% ../../nbs/gpt/06_model.ipynb #cell-17
+# %% ../../nbs/gpt/06_model.ipynb #cell-19
 class FeedForward(nn.Module):
     "Four times as wide, with squared ReLU (So et al. 2021)."
     def __init__(self, width:int):
@@ -113,7 +114,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x): return self.down(F.relu(self.up(x)).square())
 
-# %% ../../nbs/gpt/06_model.ipynb #cell-18
+# %% ../../nbs/gpt/06_model.ipynb #cell-20
 class Block(nn.Module):
     "Attention and feed-forward, one after the other or side by side."
     def __init__(
@@ -134,7 +135,7 @@ class Block(nn.Module):
         x = x + self.attention(rms_norm(x), cos, sin)
         return x + self.feed_forward(rms_norm(x))
 
-# %% ../../nbs/gpt/06_model.ipynb #cell-20
+# %% ../../nbs/gpt/06_model.ipynb #cell-22
 class GPT(nn.Module):
     "Record 5's network (modded-nanogpt, 14 October 2024). Its weights are torch's defaults until `initialize`."
     def __init__(
@@ -173,7 +174,7 @@ class GPT(nn.Module):
         if targets is None: return self.head(x).float()
         return linear_cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten(), chunk)
 
-# %% ../../nbs/gpt/06_model.ipynb #cell-25
+# %% ../../nbs/gpt/06_model.ipynb #cell-27
 def _ends_branch(name:str)->bool: return "output." in name or "down." in name
 
 def _initial_value(network:GPT, name:str, shape:torch.Size, generator:torch.Generator)->torch.Tensor:
@@ -187,6 +188,7 @@ def _initial_value(network:GPT, name:str, shape:torch.Size, generator:torch.Gene
         value.uniform_(-1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in), generator=generator)
     return value
 
+# %% ../../nbs/gpt/06_model.ipynb #cell-29
 def initialize(
     network:GPT,
     generator:torch.Generator, # on the CPU
@@ -195,7 +197,7 @@ def initialize(
     for name, parameter in network.named_parameters():
         parameter.data.copy_(_initial_value(network, name, parameter.shape, generator))
 
-# %% ../../nbs/gpt/06_model.ipynb #cell-27
+# %% ../../nbs/gpt/06_model.ipynb #cell-31
 def split_parameters(
     network:GPT,
 )->tuple[list, list, list]: # the table; matrices of the blocks; others: kernels and biases of convolutions
@@ -203,7 +205,7 @@ def split_parameters(
     inner = list(network.blocks.parameters())
     return [network.head.weight], [p for p in inner if p.ndim == 2], [p for p in inner if p.ndim != 2]
 
-# %% ../../nbs/gpt/06_model.ipynb #cell-46
+# %% ../../nbs/gpt/06_model.ipynb #cell-50
 ORIGINAL_NAMES = {
     "transformer.wte.": "head.",
     "transformer.h.": "blocks.",
@@ -221,6 +223,7 @@ def _our_name(name:str)->str:
     for theirs, ours in ORIGINAL_NAMES.items(): name = name.replace(theirs, ours)
     return name
 
+# %% ../../nbs/gpt/06_model.ipynb #cell-52
 def from_original(
     state:dict, # name in train_gpt2.py -> array or tensor
 )->dict:        # our name -> tensor

@@ -24,6 +24,7 @@ def iteration_dtype(
     "bfloat16 where the device multiplies it in hardware; float32 elsewhere, where it would be emulated."
     return torch.bfloat16 if has_bf16(device) else torch.float32
 
+# %% ../../nbs/gpt/07_muon.ipynb #cell-07
 def _iterate(
     x:torch.Tensor, # (n, rows, cols) with rows <= cols, in the number format to compute in
     steps:int,
@@ -35,7 +36,7 @@ def _iterate(
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
     return x
 
-# %% ../../nbs/gpt/07_muon.ipynb #cell-08
+# %% ../../nbs/gpt/07_muon.ipynb #cell-10
 _CPU_PART = 2**19  # elements: larger batches are up to a third slower
 
 def _iterate_parts(x:torch.Tensor, steps:int)->torch.Tensor:
@@ -44,18 +45,19 @@ def _iterate_parts(x:torch.Tensor, steps:int)->torch.Tensor:
     matrices = max(1, _CPU_PART // (x.shape[1] * x.shape[2]))
     return torch.cat([_iterate(part, steps) for part in x.split(matrices)])
 
+# %% ../../nbs/gpt/07_muon.ipynb #cell-12
 def newton_schulz(
     matrix:torch.Tensor,          # (rows, cols) or (n, rows, cols): each is treated by itself
     steps:int=5,
     dtype:torch.dtype|None=None,  # to compute in; none: `iteration_dtype`
 )->torch.Tensor:                  # same shape and dtype
-    "The nearest matrix with orthonormal rows or columns, roughly: singular values in about 0.7 to 1.2 (Muon: Jordan 2024)."
+    "Roughly the nearest matrix with orthonormal rows or columns: singular values in 0.7 to 1.2 (Muon: Jordan 2024)."
     batch = matrix.reshape(-1, *matrix.shape[-2:]).to(dtype or iteration_dtype(matrix.device))
     tall = matrix.shape[-2] > matrix.shape[-1]
     result = _iterate_parts(batch.mT if tall else batch, steps)
     return (result.mT if tall else result).to(matrix.dtype).reshape(matrix.shape)
 
-# %% ../../nbs/gpt/07_muon.ipynb #cell-16
+# %% ../../nbs/gpt/07_muon.ipynb #cell-20
 def _cost(matrix:torch.Tensor)->int:
     "Multiplications in a step, up to a factor."
     short, long = sorted(matrix.shape)
@@ -67,25 +69,26 @@ def _by_shape(matrices:Sequence[torch.Tensor])->list[list[int]]:
     for i, matrix in enumerate(matrices): shapes.setdefault(tuple(sorted(matrix.shape)), []).append(i)
     return sorted(shapes.values(), key=lambda members: -_cost(matrices[members[0]]))
 
-# %% ../../nbs/gpt/07_muon.ipynb #cell-18
+# %% ../../nbs/gpt/07_muon.ipynb #cell-22
 def deal(
     matrices:Sequence[torch.Tensor],
     world:int,   # processes
 )->list[int]:    # which process treats each matrix
-    "Deal matrices to processes, the costliest first, each to the one with the least to do (greedy scheduling: Graham 1969)."
+    "Deal matrices to processes, the costliest first, each to the one with the least to do (Graham 1969)."
     loads, owners = [0] * world, [0] * len(matrices)
     for i in sorted(range(len(matrices)), key=lambda i: -_cost(matrices[i])):
         owners[i] = min(range(world), key=loads.__getitem__)
         loads[owners[i]] += _cost(matrices[i])
     return owners
 
-# %% ../../nbs/gpt/07_muon.ipynb #cell-21
+# %% ../../nbs/gpt/07_muon.ipynb #cell-25
 def _wide(matrix:torch.Tensor)->torch.Tensor: return matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix
 
 def _treat(matrices:Sequence[torch.Tensor], steps:int, dtype:torch.dtype)->torch.Tensor:
     "Newton-Schulz of matrices of one shape: (n, rows, cols) with rows <= cols."
     return _iterate_parts(torch.stack([_wide(matrix) for matrix in matrices]).to(dtype), steps)
 
+# %% ../../nbs/gpt/07_muon.ipynb #cell-27
 def _gather(
     mine:torch.Tensor|None, # (n of this process, rows, cols); none where it treats none
     like:torch.Tensor,      # a matrix (rows, cols)
@@ -99,7 +102,7 @@ def _gather(
     work = dist.all_gather(list(results.view(torch.uint8).unbind()), out.view(torch.uint8), async_op=True)
     return results, work, out
 
-# %% ../../nbs/gpt/07_muon.ipynb #cell-22
+# %% ../../nbs/gpt/07_muon.ipynb #cell-28
 def _start_batch(
     matrices:Sequence[torch.Tensor], # of one shape
     owners:Sequence[int],            # the process that treats each
@@ -115,6 +118,7 @@ def _start_batch(
     counts = [owners.count(other) for other in range(world)]
     return _gather(batch, _wide(matrices[0]), dtype, counts)
 
+# %% ../../nbs/gpt/07_muon.ipynb #cell-30
 def orthogonalize(
     matrices:Sequence[torch.Tensor], # each (rows, cols)
     steps:int=5,
@@ -134,14 +138,14 @@ def orthogonalize(
             results[i] = result.mT if matrices[i].shape[0] > matrices[i].shape[1] else result
     return results
 
-# %% ../../nbs/gpt/07_muon.ipynb #cell-25
+# %% ../../nbs/gpt/07_muon.ipynb #cell-33
 def momentum_updates(
     optimizer:torch.optim.Optimizer,
     parameters:Sequence[torch.Tensor], # with gradients
     momentum:float,
     nesterov:bool,
 )->list[torch.Tensor]:
-    "Join the gradients to the momentum of each parameter (momentum * buffer + gradient) and return the directions to go."
+    "Join the gradients to the momentum (momentum * buffer + gradient) and return the directions to go."
     gradients, states = [p.grad for p in parameters], [optimizer.state[p] for p in parameters]
     for p, state in zip(parameters, states, strict=True):
         if "momentum" in state: continue
@@ -151,11 +155,12 @@ def momentum_updates(
     torch._foreach_add_(buffers, gradients)
     return torch._foreach_add(gradients, buffers, alpha=momentum) if nesterov else buffers
 
+# %% ../../nbs/gpt/07_muon.ipynb #cell-35
 def update_scale(parameter:torch.Tensor)->float:
     "Root of the longer side (record 5)."
     return max(parameter.shape) ** 0.5
 
-# %% ../../nbs/gpt/07_muon.ipynb #cell-27
+# %% ../../nbs/gpt/07_muon.ipynb #cell-37
 class MatrixOptimizer(torch.optim.Optimizer):
     "What Muon and its relatives share: groups of matrices that have gradients."
     def __init__(
@@ -184,7 +189,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def update(self, group:dict, parameters:list): raise NotImplementedError
 
-# %% ../../nbs/gpt/07_muon.ipynb #cell-29
+# %% ../../nbs/gpt/07_muon.ipynb #cell-39
 class Muon(MatrixOptimizer):
     "Momentum orthogonalised by Newton-Schulz (Jordan 2024), as in modded-nanogpt's record 5."
     def __init__(

@@ -44,6 +44,7 @@ def _buckets(tensors:Iterable[torch.Tensor])->Iterator[list[torch.Tensor]]:
             bucket, size = [], 0
     if bucket: yield bucket
 
+# %% ../../nbs/gpt/11_processes.ipynb #cell-10
 def _is_alone(bucket:list[torch.Tensor])->bool:
     "Is it one tensor that can be sent as it is?"
     return len(bucket) == 1 and bucket[0].is_contiguous()
@@ -52,7 +53,7 @@ def _flat(bucket:list[torch.Tensor])->torch.Tensor:
     "All its numbers in a row: the tensor itself where it is alone, a copy otherwise."
     return bucket[0].view(-1) if _is_alone(bucket) else torch.cat([tensor.reshape(-1) for tensor in bucket])
 
-# %% ../../nbs/gpt/11_processes.ipynb #cell-10
+# %% ../../nbs/gpt/11_processes.ipynb #cell-12
 @dataclass(frozen=True)
 class Processes:
     "This process among all."
@@ -88,7 +89,7 @@ class Processes:
         with exchange(): dist.all_reduce(tensor, how)
         return tensor.tolist()
 
-# %% ../../nbs/gpt/11_processes.ipynb #cell-13
+# %% ../../nbs/gpt/11_processes.ipynb #cell-15
 def join_processes(
     timeout:float=600,  # seconds to wait for the others in any exchange
 )->Processes:
@@ -103,7 +104,7 @@ def join_processes(
         if cuda: dist.all_reduce(torch.zeros(1, device=device))
     return Processes(rank, world, device)
 
-# %% ../../nbs/gpt/11_processes.ipynb #cell-16
+# %% ../../nbs/gpt/11_processes.ipynb #cell-18
 def check_sizes(
     settings:Settings,
     world:int,      # number of processes

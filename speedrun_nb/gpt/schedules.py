@@ -42,6 +42,7 @@ BETAS = 0.9, 0.95  # of AdamW (record 5)
 def _all_groups(optimizers:Iterable[torch.optim.Optimizer])->list[dict]:
     return [group for optimizer in optimizers for group in optimizer.param_groups]
 
+# %% ../../nbs/gpt/09_schedules.ipynb #cell-09
 def make_optimizers(
     network:nn.Module,  # on the device where it is trained
     settings:Settings,
@@ -57,7 +58,7 @@ def make_optimizers(
     for group in _all_groups(optimizers): group["initial_lr"] = group["lr"]
     return optimizers
 
-# %% ../../nbs/gpt/09_schedules.ipynb #cell-18
+# %% ../../nbs/gpt/09_schedules.ipynb #cell-20
 def learning_rate_factor(
     step:int,  # steps done
     settings:Settings,
@@ -68,6 +69,7 @@ def learning_rate_factor(
     if step < warmup: return (step + 1) / warmup
     return (total - step) / warmdown if step > total - warmdown else 1.0
 
+# %% ../../nbs/gpt/09_schedules.ipynb #cell-22
 def set_learning_rate_factor(
     optimizers:Iterable[torch.optim.Optimizer], # as made by `make_optimizers`
     factor:float,
@@ -77,7 +79,7 @@ def set_learning_rate_factor(
         group["lr"] = group["initial_lr"] * factor
         if group.get("eps_scheduled"): group["eps"] = group["initial_eps"] * factor
 
-# %% ../../nbs/gpt/09_schedules.ipynb #cell-22
+# %% ../../nbs/gpt/09_schedules.ipynb #cell-26
 class Curriculum:
     "Sequence lengths that grow when the training loss stops falling."
     def __init__(
@@ -121,7 +123,7 @@ class Curriculum:
         "Go on from a state."
         self.stage, self.steps, self.losses = state["stage"], state["steps"], list(state["losses"])
 
-# %% ../../nbs/gpt/09_schedules.ipynb #cell-28
+# %% ../../nbs/gpt/09_schedules.ipynb #cell-32
 class DepthWarming:
     "Stochastic depth for the upper blocks, early in training."
     def __init__(

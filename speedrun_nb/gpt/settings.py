@@ -32,6 +32,7 @@ def _check_shard(path:Path)->None:
     "Raises `SpeedrunError` for a damaged shard."
     load_function("speedrun_nb.gpt.shards:open_shard")(path)
 
+# %% ../../nbs/gpt/00_settings.ipynb #cell-10
 DATASETS = {"fineweb": HubDataSet(
     name="fineweb",
     title="FineWeb",
@@ -45,7 +46,7 @@ DATASETS = {"fineweb": HubDataSet(
            "with 9 each comes about three times.",
 )}
 
-# %% ../../nbs/gpt/00_settings.ipynb #cell-10
+# %% ../../nbs/gpt/00_settings.ipynb #cell-12
 @dataclass(frozen=True)
 class Data:
     dataset:str = setting(
@@ -57,7 +58,7 @@ class Data:
     train_shards:int|None = setting("train on the first so many shards only", low=1)
     sequence_length:int = setting("tokens a sequence", low=2)
 
-# %% ../../nbs/gpt/00_settings.ipynb #cell-12
+# %% ../../nbs/gpt/00_settings.ipynb #cell-14
 @dataclass(frozen=True)
 class Model:
     vocabulary:int = setting("rows of the embedding: tokens, padded", low=2, high=65536)
@@ -76,7 +77,7 @@ class Model:
     branch_scale:float = setting("factor of what a parallel block adds", above=0)
     rope_base:float = setting("base of the rotary embedding's wavelengths", above=1)
 
-# %% ../../nbs/gpt/00_settings.ipynb #cell-14
+# %% ../../nbs/gpt/00_settings.ipynb #cell-16
 @dataclass(frozen=True)
 class Optimizer:
     lr:float = setting("learning rate of AdamW, for the embedding and for what is no matrix", above=0)
@@ -93,7 +94,7 @@ class Optimizer:
     block_eps_scheduled:bool = setting("does adago's smallest step follow the learning-rate schedule?")
     sharded:bool = setting("share the Newton-Schulz steps among the processes", implementation=True)
 
-# %% ../../nbs/gpt/00_settings.ipynb #cell-16
+# %% ../../nbs/gpt/00_settings.ipynb #cell-18
 @dataclass(frozen=True)
 class Schedule:
     warmup_iterations:int = setting("iterations of linear warm-up of the learning rate", low=0)
@@ -108,7 +109,7 @@ class Schedule:
     curriculum_window:int|None = setting("last iterations that the average is over", low=2)
     depth_warming:bool = setting("skip upper blocks at random early in training")
 
-# %% ../../nbs/gpt/00_settings.ipynb #cell-17
+# %% ../../nbs/gpt/00_settings.ipynb #cell-19
 @dataclass(frozen=True)
 class Train:
     iterations:int = setting("optimiser steps; the clock starts at the eleventh", low=11)
@@ -129,12 +130,13 @@ class Train:
         "iterations between checkpoints, from which an interrupted run is resumed; none: no checkpoints",
         low=1, implementation=True)
 
+# %% ../../nbs/gpt/00_settings.ipynb #cell-21
 @dataclass(frozen=True)
 class Evaluation:
     every:int = setting("iterations between validations; 0: before the first and after the last only", low=0)
     tokens:int = setting("validation tokens", low=1)
 
-# %% ../../nbs/gpt/00_settings.ipynb #cell-19
+# %% ../../nbs/gpt/00_settings.ipynb #cell-23
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # of data sets and shards
 
 def _data_rules(data:Data)->Iterator[str]:
@@ -148,6 +150,7 @@ def _data_rules(data:Data)->Iterator[str]:
     if not embedded and data.train == data.validation:
         yield f"data.train and data.validation name the same shards ({data.train})"
 
+# %% ../../nbs/gpt/00_settings.ipynb #cell-25
 def _batch_rules(settings)->Iterator[str]:
     batch, part = settings.train.batch_size, settings.train.device_batch_size
     tokens, length = settings.evaluation.tokens, settings.data.sequence_length
@@ -156,7 +159,7 @@ def _batch_rules(settings)->Iterator[str]:
     if tokens % length:
         yield f"evaluation.tokens ({tokens}) is no whole number of sequences of {length}"
 
-# %% ../../nbs/gpt/00_settings.ipynb #cell-21
+# %% ../../nbs/gpt/00_settings.ipynb #cell-27
 def _head_rules(model:Model)->Iterator[str]:
     heads, fewer, top = model.heads, model.key_value_heads, model.key_value_layers
     if model.width % (2 * heads):
@@ -170,6 +173,7 @@ def _head_rules(model:Model)->Iterator[str]:
     if bool(fewer) != bool(top):
         yield "model.key_value_heads and model.key_value_layers act together only: set both or neither"
 
+# %% ../../nbs/gpt/00_settings.ipynb #cell-29
 def _block_rules(model:Model, length:int)->Iterator[str]:
     kernel = model.attention_conv_kernel
     if (model.attention_conv == "none") != (kernel is None):
@@ -179,7 +183,7 @@ def _block_rules(model:Model, length:int)->Iterator[str]:
     if model.block == "sequential" and model.branch_scale != 1:
         yield "model.branch_scale cannot act: model.block is sequential"
 
-# %% ../../nbs/gpt/00_settings.ipynb #cell-23
+# %% ../../nbs/gpt/00_settings.ipynb #cell-31
 def _adago_rules(optimizer:Optimizer)->Iterator[str]:
     needed = ("block_gamma", "block_eps", "block_accumulator")
     given = [name for name in needed if getattr(optimizer, name) not in (None, "none")]
@@ -190,6 +194,7 @@ def _adago_rules(optimizer:Optimizer)->Iterator[str]:
     if optimizer.block != "adago" and given:
         yield f"optimizer.{given[0]} cannot act: optimizer.block is {optimizer.block}"
 
+# %% ../../nbs/gpt/00_settings.ipynb #cell-33
 def _optimizer_rules(optimizer:Optimizer)->Iterator[str]:
     block, momentum, steps = optimizer.block, optimizer.block_momentum, optimizer.block_steps
     yield from _adago_rules(optimizer)
@@ -200,7 +205,7 @@ def _optimizer_rules(optimizer:Optimizer)->Iterator[str]:
     if block != "muon" and optimizer.sharded:
         yield f"optimizer.sharded cannot act: optimizer.block is {block}"
 
-# %% ../../nbs/gpt/00_settings.ipynb #cell-25
+# %% ../../nbs/gpt/00_settings.ipynb #cell-35
 def _time_rules(schedule:Schedule, train:Train)->Iterator[str]:
     warmup, warmdown, total = schedule.warmup_iterations, schedule.warmdown_iterations, train.iterations
     if warmup + warmdown > total:
@@ -208,6 +213,7 @@ def _time_rules(schedule:Schedule, train:Train)->Iterator[str]:
     if train.checkpoint_every and train.checkpoint_every >= total:
         yield f"train.checkpoint_every ({train.checkpoint_every}) cannot act: training has {total} iterations"
 
+# %% ../../nbs/gpt/00_settings.ipynb #cell-37
 def _depth_rules(settings)->Iterator[str]:
     if not settings.schedule.depth_warming: return
     if settings.train.compile == "model":
@@ -216,7 +222,7 @@ def _depth_rules(settings)->Iterator[str]:
     if settings.model.layers < 4:
         yield f"schedule.depth_warming needs four model.layers or more, not {settings.model.layers}"
 
-# %% ../../nbs/gpt/00_settings.ipynb #cell-26
+# %% ../../nbs/gpt/00_settings.ipynb #cell-38
 def _curriculum_rules(settings)->Iterator[str]:
     schedule, length, total = settings.schedule, settings.data.sequence_length, settings.train.iterations
     names = ("lengths", "iterations", "thresholds", "window")
@@ -235,7 +241,7 @@ def _curriculum_rules(settings)->Iterator[str]:
     if iterations[0] >= total:
         yield f"schedule.curriculum_iterations: training ({total} iterations) ends within the first length"
 
-# %% ../../nbs/gpt/00_settings.ipynb #cell-27
+# %% ../../nbs/gpt/00_settings.ipynb #cell-39
 @dataclass(frozen=True)
 class Settings:
     "All settings of the NanoGPT study."
@@ -262,7 +268,7 @@ class Settings:
         yield from _depth_rules(self)
         yield from _curriculum_rules(self)
 
-# %% ../../nbs/gpt/00_settings.ipynb #cell-36
+# %% ../../nbs/gpt/00_settings.ipynb #cell-48
 def notice(
     flat:Mapping,  # settings by dotted name
 )->str:
@@ -270,6 +276,7 @@ def notice(
     if flat.get("data.dataset") != "embedded": return ""
     return "Trained on a small text that comes with Python: a demonstration, no finding about language models."
 
+# %% ../../nbs/gpt/00_settings.ipynb #cell-50
 def data_words(
     flat:Mapping,  # settings by dotted name; published logs do not show all
 )->str:
@@ -280,7 +287,7 @@ def data_words(
     first = f" (the first {flat['data.train_shards']})" if flat.get("data.train_shards") else ""
     return f"{dataset}, trained on the shards {flat['data.train']}{first} and validated on {flat['data.validation']}"
 
-# %% ../../nbs/gpt/00_settings.ipynb #cell-39
+# %% ../../nbs/gpt/00_settings.ipynb #cell-53
 def _attention_weights(
     flat:Mapping,         # all settings by dotted name
     key_value_heads:int,  # of this layer
@@ -296,7 +303,7 @@ def _attention_weights(
     weights = projections + (width + keys) * (channels * kernel + 1)
     return weights, projections + (width + 2 * keys) * channels * kernel
 
-# %% ../../nbs/gpt/00_settings.ipynb #cell-40
+# %% ../../nbs/gpt/00_settings.ipynb #cell-54
 def _all_weights(
     flat:Mapping,    # all settings by dotted name
 )->tuple[int, int]:  # weights of the network; how many of them a token is multiplied by
@@ -308,13 +315,14 @@ def _all_weights(
     weights, multiplied = (common + sum(numbers) for numbers in zip(*attention, strict=True))
     return weights, multiplied
 
+# %% ../../nbs/gpt/00_settings.ipynb #cell-56
 def weights(
     flat:Mapping,  # all settings by dotted name
 )->int:
     "Trainable numbers of the network; embedding and output layer are the same."
     return _all_weights(flat)[0]
 
-# %% ../../nbs/gpt/00_settings.ipynb #cell-42
+# %% ../../nbs/gpt/00_settings.ipynb #cell-58
 def token_flops(
     flat:Mapping,  # all settings by dotted name
 )->float:
@@ -323,7 +331,7 @@ def token_flops(
     attention = flat["model.layers"] * flat["model.width"] * flat["data.sequence_length"]
     return 6.0 * (_all_weights(flat)[1] + attention)
 
-# %% ../../nbs/gpt/00_settings.ipynb #cell-45
+# %% ../../nbs/gpt/00_settings.ipynb #cell-61
 def size_words(
     flat:Mapping,         # all settings by dotted name
     training:bool=True,   # also how long it is trained
@@ -337,7 +345,7 @@ def size_words(
             f"of {flat['data.sequence_length']:,} tokens; "
             f"in the last {flat['schedule.warmdown_iterations']:,} the learning rate falls to zero.")
 
-# %% ../../nbs/gpt/00_settings.ipynb #cell-48
+# %% ../../nbs/gpt/00_settings.ipynb #cell-64
 LOG_NAMES = {
     "num_iterations": "train.iterations",
     "batch_size": "train.batch_size",
@@ -355,7 +363,7 @@ LOG_NAMES = {
     "n_embd": "model.width",
 }
 
-# %% ../../nbs/gpt/00_settings.ipynb #cell-49
+# %% ../../nbs/gpt/00_settings.ipynb #cell-65
 _PROTOCOL = """\
 Every batch starts with an untimed warm-up that uses each shape once and compiles what is compiled. \
 The first ten steps of a run and its validations are not counted either; \

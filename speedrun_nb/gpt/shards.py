@@ -43,6 +43,7 @@ def _wrong_header(header:np.ndarray, size:int)->str|None:
     wrong = "truncated" if size < expected else "too long"
     return f"has {size:,} bytes, but {expected:,} belong to the {count:,} tokens it announces: it is {wrong}"
 
+# %% ../../nbs/gpt/02_shards.ipynb #cell-08
 def open_shard(
     path:Path,
 )->np.memmap:  # (n,) uint16, read-only
@@ -51,7 +52,7 @@ def open_shard(
     if wrong := _wrong_header(header, size): raise SpeedrunError(f"{path} {wrong}. {REMEDY}")
     return np.memmap(path, "<u2", "r", offset=HEADER_BYTES, shape=((size - HEADER_BYTES) // 2,))
 
-# %% ../../nbs/gpt/02_shards.ipynb #cell-08
+# %% ../../nbs/gpt/02_shards.ipynb #cell-10
 def as_tokens(
     tokens,        # integers in 0 to 65,535: a list or an array
 )->np.ndarray:     # (n,) little-endian uint16
@@ -65,7 +66,7 @@ def as_tokens(
                             "use an encoding of at most 65,536 tokens")
     return array.astype("<u2", copy=False)
 
-# %% ../../nbs/gpt/02_shards.ipynb #cell-10
+# %% ../../nbs/gpt/02_shards.ipynb #cell-12
 def _write(path:Path, tokens:np.ndarray)->None:
     "Header and tokens, synced to the disk; nothing remains when it fails."
     if not 2 <= len(tokens) < 2**31:
@@ -83,7 +84,7 @@ def _write(path:Path, tokens:np.ndarray)->None:
         if isinstance(error, OSError): raise SpeedrunError(f"{path} cannot be written: {error.strerror}") from None
         raise
 
-# %% ../../nbs/gpt/02_shards.ipynb #cell-11
+# %% ../../nbs/gpt/02_shards.ipynb #cell-13
 def _part(path:Path)->Path:
     "The temporary name of a shard."
     return path.with_name(path.name + ".part")
@@ -92,6 +93,7 @@ def _make_folder(folder:Path)->None:
     try: folder.mkdir(parents=True, exist_ok=True)
     except OSError as error: raise SpeedrunError(f"{folder} cannot be made: {error.strerror}") from None
 
+# %% ../../nbs/gpt/02_shards.ipynb #cell-15
 def write_shard(
     path:Path,   # NAME_000001.bin; its folder is made if missing
     tokens,      # integers in 0 to 65,535
@@ -102,7 +104,7 @@ def write_shard(
     _write(_part(path), as_tokens(tokens))
     _part(path).replace(path)
 
-# %% ../../nbs/gpt/02_shards.ipynb #cell-17
+# %% ../../nbs/gpt/02_shards.ipynb #cell-21
 def numbered_shards(
     folder:Path,  # may be missing
     name:str,     # what the shards' names begin with
@@ -114,7 +116,7 @@ def numbered_shards(
     matches = (re.fullmatch(rf"{re.escape(name)}_(\d+)\.bin", file, re.ASCII) for file in files)
     return sorted((int(match[1]), Path(folder) / match[0]) for match in matches if match)
 
-# %% ../../nbs/gpt/02_shards.ipynb #cell-19
+# %% ../../nbs/gpt/02_shards.ipynb #cell-23
 class ShardWriter:
     "Writes tokens as they come into shards NAME_000001.bin and so on: a context manager, or call `close`."
     def __init__(

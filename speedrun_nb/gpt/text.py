@@ -63,13 +63,14 @@ def byte_tokens(
     for document in documents: parts += [[END_OF_TEXT], np.frombuffer(document.encode(), np.uint8)]
     return np.concatenate(parts).astype(np.uint16)
 
+# %% ../../nbs/gpt/01_text.ipynb #cell-14
 @functools.cache
 def embedded_tokens()->tuple[np.ndarray, np.ndarray]: # training and validation tokens, (n,) uint16 each
     "The embedded text, split. Raises `SpeedrunError` where this Python lacks it."
     train, validation = split_documents(embedded_documents())
     return byte_tokens(train), byte_tokens(validation)
 
-# %% ../../nbs/gpt/01_text.ipynb #cell-15
+# %% ../../nbs/gpt/01_text.ipynb #cell-17
 def _import_tiktoken():
     try: import tiktoken
     except ModuleNotFoundError:
@@ -84,7 +85,7 @@ def byte_encoding()->"tiktoken.Encoding":  # noqa: F821  tiktoken is imported on
         mergeable_ranks={bytes([value]): value for value in range(256)},
         special_tokens={"<|endoftext|>": END_OF_TEXT})
 
-# %% ../../nbs/gpt/01_text.ipynb #cell-18
+# %% ../../nbs/gpt/01_text.ipynb #cell-20
 _OFFLINE = """\
 Where there is no network, copy the folder that TIKTOKEN_CACHE_DIR names on a machine that has one, \
 and set TIKTOKEN_CACHE_DIR to the copy; \

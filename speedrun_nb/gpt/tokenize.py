@@ -67,10 +67,12 @@ def load_encoding(
     "Once a process. Raises `SpeedrunError` for an unknown name, and where its vocabulary is missing."
     return ENCODINGS[one_of(name, ENCODINGS, "encoding")]()
 
+# %% ../../nbs/gpt/18_tokenize.ipynb #cell-12
 def _lot(text:str)->float:
     "A number from 0 to 1 that depends on the text alone."
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "big") / 2**48
 
+# %% ../../nbs/gpt/18_tokenize.ipynb #cell-14
 class Encoded(NamedTuple):
     "What becomes of some sections."
     tokens:np.ndarray   # (n,) uint16, of all of them
@@ -85,12 +87,13 @@ def encode_sections(
     parts = [np.array(load_encoding(encoding).encode_ordinary(text), np.uint16) for text in texts]
     return Encoded(np.concatenate(parts), list(map(len, parts)), list(map(_lot, texts)))
 
-# %% ../../nbs/gpt/18_tokenize.ipynb #cell-13
+# %% ../../nbs/gpt/18_tokenize.ipynb #cell-17
 class Section(NamedTuple):
     "A part of a document."
     begins:bool  # is it the document's first?
     text:str
 
+# %% ../../nbs/gpt/18_tokenize.ipynb #cell-19
 def section_batches(
     found:Iterable[Section],
     characters:int=2**19,  # at least so many a batch
@@ -105,7 +108,7 @@ def section_batches(
             batch, size = [], 0
     if batch: yield batch
 
-# %% ../../nbs/gpt/18_tokenize.ipynb #cell-16
+# %% ../../nbs/gpt/18_tokenize.ipynb #cell-22
 def _encode_in_pool(
     pool:ProcessPoolExecutor,
     encoding:str,
@@ -120,6 +123,7 @@ def _encode_in_pool(
         yield done, future.result()
     for batch, future in waiting: yield batch, future.result()
 
+# %% ../../nbs/gpt/18_tokenize.ipynb #cell-24
 def encode_batches(
     encoding:str,
     found:Iterator[list[Section]],
@@ -137,7 +141,7 @@ def encode_batches(
                                 "try fewer --processes") from None
         finally: pool.shutdown(cancel_futures=True)
 
-# %% ../../nbs/gpt/18_tokenize.ipynb #cell-19
+# %% ../../nbs/gpt/18_tokenize.ipynb #cell-27
 AT_MOST = 10_000_000  # validation tokens, where only a share is asked for
 SHARE = 0.1           # of the sections, where only a number of tokens is asked for
 
@@ -152,7 +156,7 @@ def read_validation(
     raise SpeedrunError(f"--validation {asked}: give a share such as 0.1 or 10%, or a number of tokens "
                         "such as 1000000; training cannot do without")
 
-# %% ../../nbs/gpt/18_tokenize.ipynb #cell-22
+# %% ../../nbs/gpt/18_tokenize.ipynb #cell-30
 class Split:
     "Hands sections to the training or the validation stream."
     def __init__(
@@ -188,7 +192,7 @@ class Split:
         for section, tokens, lot in zip(batch, parts, encoded.lots, strict=True):
             self.add(section.begins, tokens, lot)
 
-# %% ../../nbs/gpt/18_tokenize.ipynb #cell-26
+# %% ../../nbs/gpt/18_tokenize.ipynb #cell-34
 _VALID_NAME = "letters, digits, '.', '_' and '-'"
 
 def _check_names(out:Path, name:str)->None:
@@ -200,13 +204,14 @@ def _check_names(out:Path, name:str)->None:
                             f"{_VALID_NAME}; not embedded")
     if out.exists() and not out.is_dir(): raise SpeedrunError(f"--out {out} is not a folder")
 
+# %% ../../nbs/gpt/18_tokenize.ipynb #cell-36
 def _check_free(out:Path, name:str)->None:
     "Raises `SpeedrunError` when the folder holds shards of this name."
     there = [path.name for which in ("train", "val") for _, path in numbered_shards(out, f"{name}_{which}")]
     if (out / f"{name}.json").exists(): there.append(f"{name}.json")
     if there: raise SpeedrunError(f"{out} has {listed(there, most=5)} already: choose another --name, or remove them")
 
-# %% ../../nbs/gpt/18_tokenize.ipynb #cell-27
+# %% ../../nbs/gpt/18_tokenize.ipynb #cell-37
 def _check_source(path:Path, files:list[Path], column:str)->None:
     "Raises `SpeedrunError` for a file that is not there, not a file, or named twice."
     if path.is_dir(): raise SpeedrunError(f"{path} is a folder: name its files, such as {path}/*.txt")
@@ -217,6 +222,7 @@ def _check_source(path:Path, files:list[Path], column:str)->None:
     if path.suffix == ".gz": raise SpeedrunError(f"{path}: unpack it first; Parquet is compressed by itself")
     open_parquet(path, column)
 
+# %% ../../nbs/gpt/18_tokenize.ipynb #cell-39
 def _check_split(split:Split, sources:list[dict])->None:
     "Raises `SpeedrunError` when one of the streams is empty."
     documents = sum(source["documents"] for source in sources)
@@ -228,7 +234,7 @@ def _check_split(split:Split, sources:list[dict])->None:
                         f"and {count(len(sources), 'file')} with {count(documents, 'document')} hold few of them: "
                         f"give more text, or {remedy} --validation")
 
-# %% ../../nbs/gpt/18_tokenize.ipynb #cell-29
+# %% ../../nbs/gpt/18_tokenize.ipynb #cell-41
 def _describe_source(path:Path)->dict:
     return {"file": str(path), "bytes": path.stat().st_size, "sha256": file_sha256(path), "documents": 0, "empty": 0}
 
@@ -242,7 +248,7 @@ def _read_all(files:list[Path], sources:list[dict], column:str, tell)->Iterator[
                 begins = False
             source["empty" if begins else "documents"] += 1
 
-# %% ../../nbs/gpt/18_tokenize.ipynb #cell-31
+# %% ../../nbs/gpt/18_tokenize.ipynb #cell-43
 @contextlib.contextmanager
 def _shard_writers(out:Path, name:str, shard_tokens:int):
     "Writers of the training and the validation shards. When anything fails, none is left."
@@ -255,6 +261,7 @@ def _shard_writers(out:Path, name:str, shard_tokens:int):
             for path in (*train.paths, *validation.paths): path.unlink(missing_ok=True)
             raise
 
+# %% ../../nbs/gpt/18_tokenize.ipynb #cell-45
 @contextlib.contextmanager
 def _bar(size:int, progress:bool):
     "A function to be told of bytes that were read."
@@ -263,11 +270,12 @@ def _bar(size:int, progress:bool):
         with tqdm(total=size, unit="B", unit_scale=True, desc="tokenize") as bar: yield bar.update
     else: yield lambda done: None
 
-# %% ../../nbs/gpt/18_tokenize.ipynb #cell-33
+# %% ../../nbs/gpt/18_tokenize.ipynb #cell-47
 def _describe_shards(paths:Iterable[Path])->list[dict]:
     return [{"file": path.name, "tokens": (path.stat().st_size - HEADER_BYTES) // 2, "sha256": inspect_shard(path)[0]}
             for path in paths]
 
+# %% ../../nbs/gpt/18_tokenize.ipynb #cell-49
 def _describe(split:Split, sources:list[dict], name:str, encoding:str)->dict:
     "What NAME.json holds."
     loaded = load_encoding(encoding)
@@ -288,7 +296,7 @@ def _describe(split:Split, sources:list[dict], name:str, encoding:str)->dict:
         "speedrun_nb": speedrun_nb.__version__,
     }
 
-# %% ../../nbs/gpt/18_tokenize.ipynb #cell-35
+# %% ../../nbs/gpt/18_tokenize.ipynb #cell-51
 def tokenize(
     files:Iterable[Path],           # text, .jsonl, .parquet; text and .jsonl also as .gz
     out:Path,                       # folder of the shards, made if missing
@@ -319,7 +327,7 @@ def tokenize(
     write_json(out / f"{name}.json", made)
     return made
 
-# %% ../../nbs/gpt/18_tokenize.ipynb #cell-42
+# %% ../../nbs/gpt/18_tokenize.ipynb #cell-58
 def training_command(
     made:dict,  # what `tokenize` returns
     out:Path,   # the folder it wrote

@@ -45,6 +45,7 @@ def checkpoint_path(
     "Where a run keeps its checkpoint; runs with other settings have other names."
     return Path(folder) / f"{config_hash(to_flat(settings))}-{seed}.pt"
 
+# %% ../../nbs/gpt/14_train.ipynb #cell-07
 def save_checkpoint(
     path:Path,
     trainer:Trainer,
@@ -63,7 +64,7 @@ def save_checkpoint(
     torch.save(state, part)
     part.replace(path)
 
-# %% ../../nbs/gpt/14_train.ipynb #cell-06
+# %% ../../nbs/gpt/14_train.ipynb #cell-08
 def load_checkpoint(
     path:Path,
     trainer:Trainer,  # goes on from it
@@ -81,7 +82,7 @@ def load_checkpoint(
     trainer.steps_done = state["step"]
     return state["notes"]
 
-# %% ../../nbs/gpt/14_train.ipynb #cell-09
+# %% ../../nbs/gpt/14_train.ipynb #cell-11
 def _summary(notes:Notes, wall:float, status:str)->dict:
     "The metrics of a run, but for the time of training and the peak of memory."
     seconds = notes.seconds["training"]
@@ -93,13 +94,14 @@ def _summary(notes:Notes, wall:float, status:str)->dict:
         step_ms=statistics.median(notes.step_ms) if timed else None,
         tokens_per_second=notes.timed_tokens / seconds if timed and seconds else None)
 
+# %% ../../nbs/gpt/14_train.ipynb #cell-13
 def _compiled(bench:Bench, counts:CompileCounts)->dict:
     "What torch.compile did in the process where it did most."
     largest = bench.processes.largest
     numbers = {name: int(largest(getattr(counts, name))) for name in ("graphs", "recompiles", "fallbacks")}
     return {"how": bench.compilation} | numbers
 
-# %% ../../nbs/gpt/14_train.ipynb #cell-10
+# %% ../../nbs/gpt/14_train.ipynb #cell-14
 class MeasuredRun:
     "One run: a trainer, its clock and its notes."
     def __init__(self, bench:Bench, seed:int, checkpoints:Path|None=None):
@@ -157,7 +159,7 @@ class MeasuredRun:
             compiled=_compiled(self.bench, counts),
             resumed_at=self.resumed_at)
 
-# %% ../../nbs/gpt/14_train.ipynb #cell-12
+# %% ../../nbs/gpt/14_train.ipynb #cell-16
 LOOK_EVERY = 25       # steps after which losses are looked at
 REPORT_SECONDS = 1.0  # at least this long between two reports
 
@@ -201,7 +203,7 @@ def train_one(
                 yield Progress(seed, step + 1, total)
         yield run.result("completed", counts)
 
-# %% ../../nbs/gpt/14_train.ipynb #cell-19
+# %% ../../nbs/gpt/14_train.ipynb #cell-23
 def warm_up(bench:Bench)->float:
     "Use every shape and graph of a run once. Returns seconds."
     start, trainer, seen = time.perf_counter(), Trainer(bench, seed=0), set()
@@ -220,7 +222,7 @@ def warm_up(bench:Bench)->float:
     synchronize(bench.processes.device)
     return time.perf_counter() - start
 
-# %% ../../nbs/gpt/14_train.ipynb #cell-20
+# %% ../../nbs/gpt/14_train.ipynb #cell-24
 def train_seeds(
     settings:Settings,
     seeds:Iterable[int],
@@ -239,7 +241,7 @@ def train_seeds(
         ranks=processes.world)
     for seed in seeds: yield from train_one(bench, seed, checkpoints)
 
-# %% ../../nbs/gpt/14_train.ipynb #cell-23
+# %% ../../nbs/gpt/14_train.ipynb #cell-27
 ERROR = "speedrun error: "  # begins the line in which a process says why it failed
 
 def explain(error:BaseException)->str:
@@ -252,7 +254,7 @@ def explain(error:BaseException)->str:
         return "out of memory; a smaller train.device_batch_size, or a train.loss_chunk, needs less"
     return f"{type(error).__name__}: {error}".strip()
 
-# %% ../../nbs/gpt/14_train.ipynb #cell-26
+# %% ../../nbs/gpt/14_train.ipynb #cell-30
 def _watch_parent()->None:
     "Leave when standard input ends."
     while sys.stdin.buffer.raw.read(4096): pass
@@ -264,7 +266,7 @@ def _event_stream():
     os.dup2(2, 1)
     return stream
 
-# %% ../../nbs/gpt/14_train.ipynb #cell-27
+# %% ../../nbs/gpt/14_train.ipynb #cell-31
 def _make_parser()->argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="torchrun --nproc-per-node N -m speedrun_nb.gpt.train",
@@ -282,7 +284,7 @@ def _make_parser()->argparse.ArgumentParser:
     parser.add_argument("--watched", action="store_true", help="end when standard input ends")
     return parser
 
-# %% ../../nbs/gpt/14_train.ipynb #cell-28
+# %% ../../nbs/gpt/14_train.ipynb #cell-32
 _PARAMETERS = {"variant": "baseline", "profile": "auto", "overrides": None, "seeds": "0:1"}
 
 def _train(given:dict, checkpoints:Path|None, timeout:float, stream)->None:
@@ -297,7 +299,7 @@ def _train(given:dict, checkpoints:Path|None, timeout:float, stream)->None:
         if processes.rank: continue
         print(json.dumps({"event": type(event).__name__, **asdict(event)}), file=stream, flush=True)
 
-# %% ../../nbs/gpt/14_train.ipynb #cell-30
+# %% ../../nbs/gpt/14_train.ipynb #cell-34
 def train_process(arguments:list[str]|None=None)->None:
     "Train seeds in this process, one of those that torchrun started. Leaves the interpreter."
     given = _make_parser().parse_args(arguments)

@@ -21,15 +21,16 @@ from speedrun_nb.gpt.tokenize import tokenize
 
 SUPPLIED = Path(os.environ.get("SPEEDRUN_DATA") or "absent") / "tiktoken_cache"
 CACHE = Path(os.environ.get("TIKTOKEN_CACHE_DIR") or SUPPLIED)
-needs_gpt2 = pytest.mark.skipif(not CACHE.is_dir(), reason="neither TIKTOKEN_CACHE_DIR nor SPEEDRUN_DATA names gpt2's vocabulary")
+needs_gpt2 = pytest.mark.skipif(not CACHE.is_dir(), reason="needs the gpt2 vocabulary, by TIKTOKEN_CACHE_DIR")
 
 
 @functools.cache
 def documents():
     "Some two hundred of many sizes, the longest cut into sections; made of words by a fixed seed."
     generator = np.random.default_rng(0)
-    words = np.array(["the", " cat", " sat's", "\n", "\n\n", " 1984", "  ", " naïve", " 北京", "\t🎲", "<|endoftext|>", "."])
-    return ["".join(words[generator.integers(0, len(words), size)]) for size in [*generator.integers(1, 400, 200), 30_000]]
+    words = ["the", " cat", " sat's", "\n", "\n\n", " 1984", "  ", " naïve", " 北京", "\t🎲", "<|endoftext|>", "."]
+    sizes = [*generator.integers(1, 400, 200), 30_000]
+    return ["".join(np.array(words)[generator.integers(0, len(words), size)]) for size in sizes]
 
 
 @pytest.fixture
@@ -41,8 +42,9 @@ def source(tmp_path):
 
 def streams(folder, made):
     "Training and validation tokens, as one array each."
-    files = [shard["file"] for shard in made["shards"]]
-    return [np.concatenate([open_shard(folder / file) for file in files if f"_{which}_" in file]) for which in ("train", "val")]
+    shards = {shard["file"]: open_shard(folder / shard["file"]) for shard in made["shards"]}
+    def stream(which): return np.concatenate([tokens for file, tokens in shards.items() if f"_{which}_" in file])
+    return stream("train"), stream("val")
 
 
 def parts(tokens, encoding):
@@ -61,7 +63,8 @@ def test_round_trip(source, tmp_path, name):
     assert made["documents"] == len(documents())
     found = parts(train, encoding), parts(validation, encoding)
     short = documents()[:-1]
-    assert sorted(part for side in found for part in side if part in short) == sorted(short)  # whole documents, each once
+    whole = [part for side in found for part in side if part in short]
+    assert sorted(whole) == sorted(short)  # each once
     assert [part for part in found[0] if part in short] == [text for text in short if text in found[0]]  # in order
     rest = [part for side in found for part in side if part not in short]
     assert sum(map(len, rest)) == len(documents()[-1]) and all(part in documents()[-1] for part in rest)
@@ -76,7 +79,8 @@ def test_a_known_sentence(tmp_path):
     at = both.index(15496)
     assert both[at - 1:at + 3] == [50256, 15496, 995, 50256] and both.count(15496) == 2
     assert made["vocabulary"] == 50257
-    assert sorted((side == 15496).sum() for side in streams(tmp_path / "out", made)) == [0, 2]  # copies stand on one side
+    on_each_side = sorted((side == 15496).sum() for side in streams(tmp_path / "out", made))
+    assert on_each_side == [0, 2]  # copies stand on one side
 
 
 @needs_gpt2
@@ -91,7 +95,8 @@ def test_cutting_a_document_changes_no_token(tmp_path):
 def test_the_number_of_processes_changes_nothing(source, tmp_path, monkeypatch):
     monkeypatch.setattr(module.section_batches, "__defaults__", (2_000,))
     folders = {n: tmp_path / f"out{n}" / "same" for n in (1, 2, 3)}
-    made = [tokenize([source], folder, encoding="bytes", shard_tokens=20_000, processes=n) for n, folder in folders.items()]
+    made = [tokenize([source], folder, encoding="bytes", shard_tokens=20_000, processes=n)
+            for n, folder in folders.items()]
     assert made[0] == made[1] == made[2] and len(made[0]["shards"]) > 3
     files = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders.values()]
     assert files[0] == files[1] == files[2]
@@ -105,8 +110,9 @@ def test_all_kinds_of_files_give_the_same_tokens(source, tmp_path):
     parquet.write_table(table, tmp_path / "docs.parquet", row_group_size=50)
     parquet.write_table(coded, tmp_path / "coded.parquet")
     for i, text in enumerate(documents()): (tmp_path / f"{i:03}.txt").write_bytes(text.encode())
-    kinds = {"a": ([source], "text"), "b": ([tmp_path / "docs.jsonl.gz"], "text"), "c": ([tmp_path / "docs.parquet"], "body"),
-             "d": ([tmp_path / "coded.parquet"], "body"), "e": (sorted(tmp_path.glob("*.txt")), "text")}
+    kinds = {"a": ([source], "text"), "b": ([tmp_path / "docs.jsonl.gz"], "text"),
+             "c": ([tmp_path / "docs.parquet"], "body"), "d": ([tmp_path / "coded.parquet"], "body"),
+             "e": (sorted(tmp_path.glob("*.txt")), "text")}
     made = {name: tokenize(files, tmp_path / "out", name=name, encoding="bytes", column=column)
             for name, (files, column) in kinds.items()}
     expected = streams(tmp_path / "out", made["a"])
@@ -116,7 +122,8 @@ def test_all_kinds_of_files_give_the_same_tokens(source, tmp_path):
 
 def test_validation_as_asked(source, tmp_path):
     def validated(name, asked):
-        return tokenize([source], tmp_path / "out", name=name, encoding="bytes", validation=asked)["tokens"]["validation"]
+        made = tokenize([source], tmp_path / "out", name=name, encoding="bytes", validation=asked)
+        return made["tokens"]["validation"]
     some = validated("some", "4000")
     assert 4_000 < some < 4_000 + 8_000  # whole documents: one more than is used, and the last of them
     assert validated("half", "50%") > some
@@ -194,10 +201,12 @@ def test_interrupted(tmp_path):
     text = "A line of text, and then another one.\n" * 2_000
     with (tmp_path / "big.jsonl").open("w") as file:
         file.writelines(json.dumps({"text": f"{i} {text}"}) + "\n" for i in range(600))
-    options = ("--encoding", "bytes", "--shard-tokens", "200000", "--processes", "2")
-    process = start(BIN / "speedrun", "tokenize", tmp_path / "big.jsonl", "--out", tmp_path / "out", *options, env=environment())
+    words = (tmp_path / "big.jsonl", "--out", tmp_path / "out", "--encoding", "bytes", "--shard-tokens", "200000")
+    process = start(BIN / "speedrun", "tokenize", *words, "--processes", "2", env=environment())
     deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("out/*.part")) and process.poll() is None and time.monotonic() < deadline: time.sleep(0.02)
+    while process.poll() is None and time.monotonic() < deadline:
+        if list(tmp_path.glob("out/*.part")): break
+        time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
     done = finish(process)
     assert done.code == 130 and "interrupted" in done.err and "Traceback" not in done.err

@@ -59,7 +59,8 @@ def start_batch(seed, outputs, **options):
     words = dict(profile="demo", overrides=json.dumps(LONG), seeds=f"[{seed}]", outputs=str(outputs))
     command = [sys.executable, "-m", "speedrun_nb.gpt"]
     for name, value in words.items(): command += ["-p", name, value]
-    return subprocess.Popen(command, text=True, **options)
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # where a shell runs it in the background too
+    return subprocess.Popen(command, text=True, preexec_fn=heed, **options)
 
 
 def result(events):

@@ -85,8 +85,9 @@ def batches(settings):
     import torch
 
     generator = torch.Generator().manual_seed(0)
+    shape = settings.train.batch_size, settings.data.sequence_length + 1
     while True:
-        tokens = torch.randint(settings.model.vocabulary, (settings.train.batch_size, settings.data.sequence_length + 1), generator=generator)
+        tokens = torch.randint(settings.model.vocabulary, shape, generator=generator)
         yield tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
@@ -112,21 +113,27 @@ def profile(overrides, steps=3):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=15, help="steps of each side")
-    parser.add_argument("--profile-ours", action="store_true", help="print where the time of our step goes, and nothing else")
+    parser.add_argument("--profile-ours", action="store_true", help="only print where the time of our step goes")
     parser.add_argument("overrides", nargs="*", help="settings, as key=value")
     arguments = parser.parse_args()
     overrides = " ".join(arguments.overrides)
     if arguments.profile_ours: return profile(overrides)
-    seconds, losses, peaks = take_turns({name: (make_step, (side, overrides)) for name, side in (("plain", plain_side), ("ours", our_side))}, arguments.steps)
+    sides = {"plain": (make_step, (plain_side, overrides)), "ours": (make_step, (our_side, overrides))}
+    seconds, losses, peaks = take_turns(sides, arguments.steps)
     settings = cpu_settings(overrides)
     ratios = sorted(p / o for p, o in zip(seconds["plain"], seconds["ours"], strict=True))
     tokens = settings.train.batch_size * settings.data.sequence_length
     print(json.dumps({
-        "steps": arguments.steps, "overrides": overrides, "tokens_a_step": tokens, "loss_chunk": settings.train.loss_chunk, "device_batch_size": settings.train.device_batch_size,
+        "steps": arguments.steps,
+        "overrides": overrides,
+        "tokens_a_step": tokens,
+        "loss_chunk": settings.train.loss_chunk,
+        "device_batch_size": settings.train.device_batch_size,
         "median_seconds": {name: round(statistics.median(values), 3) for name, values in seconds.items()},
         "least_seconds": {name: round(min(values), 3) for name, values in seconds.items()},
         "tokens_per_second": {name: round(tokens / statistics.median(values)) for name, values in seconds.items()},
-        "times_faster": round(statistics.median(ratios), 2), "times_faster_step_by_step": [round(ratio, 2) for ratio in ratios],
+        "times_faster": round(statistics.median(ratios), 2),
+        "times_faster_step_by_step": [round(ratio, 2) for ratio in ratios],
         "peak_MiB": {name: peak >> 20 for name, peak in peaks.items() if peak},
         "last_loss": {name: round(values[-1], 4) for name, values in losses.items()},
     }, indent=1))

@@ -1,11 +1,12 @@
-"""NanoGPT's variants against the baseline: time of a step and peak memory of each, on the device that is here.
+"""NanoGPT's variants against the baseline: time of a step and peak memory of each, on this machine's device.
 
 Each variant is trained on random tokens in a process of its own, all on one device; they take turns, a step at a time,
-and the figure that counts is the median of the ratios to the baseline's step in the same turn. Random tokens say nothing
-of losses. On a GPU each process compiles first, which takes a minute or two.
+and the figure that counts is the median of the ratios to the baseline's step in the same turn. Losses on random tokens
+mean nothing. On a GPU each process compiles first, which takes a minute or two.
 
     python benchmarks/gpt_variants.py --profile stage_a --steps 40 palm_parallel kv_1 gqa_1_8
-    python benchmarks/gpt_variants.py --profile full --overrides "train.batch_size=64 train.device_batch_size=16" --steps 100 baseline:train.compile=none depth_warming curriculum
+    python benchmarks/gpt_variants.py --profile full --overrides "train.batch_size=64 train.device_batch_size=16" \\
+        --steps 100 baseline:train.compile=none depth_warming curriculum
     python benchmarks/gpt_variants.py --profile demo --steps 20 mdha adago      # on a CPU
 
 A name may carry settings, as in baseline:train.compile=none. Depth warming and the curriculum are at their beginning,
@@ -22,12 +23,15 @@ def made_up_trainer(settings):
     "A trainer of the product, alone on its device, with random tokens for data, warmed up."
     import numpy as np
 
+    from speedrun_nb.gpt.data import Tokens
     from speedrun_nb.gpt.processes import join_processes
-    from speedrun_nb.gpt.shards import Tokens
-    from speedrun_nb.gpt.train import Trainer, set_up, warm_up
+    from speedrun_nb.gpt.train import warm_up
+    from speedrun_nb.gpt.trainer import Trainer, set_up
 
     random = np.random.default_rng(0)
-    train, validation = (random.integers(0, settings.model.vocabulary, size).astype(np.uint16) for size in (4 * settings.train.batch_size * settings.data.sequence_length + 1, settings.evaluation.tokens + 1))
+    def draw(tokens): return random.integers(0, settings.model.vocabulary, tokens + 1).astype(np.uint16)
+    train = draw(4 * settings.train.batch_size * settings.data.sequence_length)
+    validation = draw(settings.evaluation.tokens)
     bench = set_up(settings, join_processes(), Tokens([train], [validation], {}))
     warm_up(bench)
     return Trainer(bench, 0)
@@ -39,7 +43,8 @@ def settings_of(name, profile, overrides):
     from speedrun_nb.core.variants import read_overrides, resolve
 
     variant, _, own = name.partition(":")
-    return resolve(load_study("gpt"), variant, profile, read_overrides(overrides) | read_overrides(own.replace(",", " ")) | {"evaluation.tokens": 64 * 1024}).settings
+    changes = read_overrides(overrides) | read_overrides(own.replace(",", " ")) | {"evaluation.tokens": 64 * 1024}
+    return resolve(load_study("gpt"), variant, profile, changes).settings
 
 
 def make_step(name, profile, overrides):
@@ -55,11 +60,17 @@ def main():
     parser.add_argument("--steps", type=int, default=40, help="steps of each, of which the first ten are not counted")
     given = parser.parse_args()
     names = list(dict.fromkeys(["baseline", *given.variants]))
-    seconds, _, peaks = take_turns({name: (make_step, (name, given.profile, given.overrides)) for name in names}, given.steps)
+    sides = {name: (make_step, (name, given.profile, given.overrides)) for name in names}
+    seconds, _, peaks = take_turns(sides, given.steps)
     counted = {name: values[min(10, given.steps // 2):] for name, values in seconds.items()}
-    print(json.dumps({name: {
-        "step_ms": round(1000 * statistics.median(values), 2), "times_the_baseline": round(statistics.median(v / b for v, b in zip(values, counted["baseline"], strict=True)), 4),
-        "peak_MiB": peaks[name] and peaks[name] >> 20} for name, values in counted.items()}, indent=1))
+    found = {}
+    for name, values in counted.items():
+        ratios = [value / base for value, base in zip(values, counted["baseline"], strict=True)]
+        found[name] = {
+            "step_ms": round(1000 * statistics.median(values), 2),
+            "times_the_baseline": round(statistics.median(ratios), 4),
+            "peak_MiB": peaks[name] and peaks[name] >> 20}
+    print(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""Sides of a comparison, each in a process of its own (with its own memory settings and its own peak), that take turns a
-step at a time, so that a machine that drifts treats all alike."""
+"""Sides of a comparison that take turns, a step at a time, so that a machine that drifts treats all alike. Each has a
+process of its own, with its own memory settings and its own peak."""
 import multiprocessing
 import time
 
@@ -23,21 +23,29 @@ def _work(make_step, arguments, warm_up, pipe):
 def take_turns(sides, steps, warm_up=2):
     """Seconds and values by side, a step each in turn, forwards and backwards, and each side's peak memory in bytes.
 
-    `sides`: name -> (function of a module, its arguments); it returns a step, which waits for its device and returns a number."""
-    context, pipes = multiprocessing.get_context("spawn"), {}
-    for name, (make_step, arguments) in sides.items():
-        pipes[name], far = context.Pipe()
-        context.Process(target=_work, args=(make_step, arguments, warm_up, far), daemon=True).start()
-        far.close()  # or a side that ends would never be noticed
-        _hear(name, pipes[name])  # one after the other: they must not compete while they warm up
-    results = {name: [] for name in sides}
+    `sides`: name -> (function of a module, its arguments). It returns a step, which waits for its device and returns a
+    number."""
+    pipes = {name: _start(name, side, warm_up) for name, side in sides.items()}
+    seconds, values = {name: [] for name in sides}, {name: [] for name in sides}
     for number in range(steps):
-        for name, pipe in list(pipes.items())[:: 1 if number % 2 else -1]:
-            pipe.send("step")
-            results[name].append(_hear(name, pipe))
+        for name in sides if number % 2 else reversed(sides):
+            pipes[name].send("step")
+            second, value = _hear(name, pipes[name])
+            seconds[name].append(second)
+            values[name].append(value)
     for pipe in pipes.values(): pipe.send("stop")
-    return ({name: [seconds for seconds, _ in result] for name, result in results.items()},
-            {name: [value for _, value in result] for name, result in results.items()}, {name: _hear(name, pipe) for name, pipe in pipes.items()})
+    return seconds, values, {name: _hear(name, pipe) for name, pipe in pipes.items()}
+
+
+def _start(name, side, warm_up):
+    "Start a side and wait until it is warm: sides must not compete while they warm up."
+    make_step, arguments = side
+    context = multiprocessing.get_context("spawn")
+    pipe, far = context.Pipe()
+    context.Process(target=_work, args=(make_step, arguments, warm_up, far), daemon=True).start()
+    far.close()  # or a side that ends would never be noticed
+    _hear(name, pipe)
+    return pipe
 
 
 def _hear(name, pipe):

@@ -10,6 +10,6 @@ import sys
 
 from ..core.progress import train_batch
 
-# %% ../../nbs/cifar/07_main.ipynb #cell-03
+# %% ../../nbs/cifar/07_main.ipynb #cell-05
 if __name__ == "__main__" and globals().get("__spec__"):  # run with `python -m`, not as a notebook
     sys.exit(train_batch("cifar"))

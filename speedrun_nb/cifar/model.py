@@ -6,7 +6,7 @@
 __all__ = ['WHITEN_KERNEL', 'WHITEN_WIDTH', 'ORIGINAL_NAMES', 'batch_norm', 'conv3x3', 'Block', 'Network', 'initialize',
            'whitening_filters', 'from_original']
 
-# %% ../../nbs/cifar/03_model.ipynb #cell-03
+# %% ../../nbs/cifar/03_model.ipynb #cell-02
 import math
 
 import torch
@@ -16,9 +16,6 @@ from torch import nn
 from .settings import Model
 
 # %% ../../nbs/cifar/03_model.ipynb #cell-05
-WHITEN_KERNEL = 2                              # side of the whitened patches, pixels
-WHITEN_WIDTH = 2 * 3 * WHITEN_KERNEL**2        # filters of the first layer: each direction and its opposite
-
 def batch_norm(
     channels:int,
     kept:float,  # part of the running statistics that is kept at each step
@@ -28,6 +25,7 @@ def batch_norm(
     norm.weight.requires_grad_(False)
     return norm
 
+# %% ../../nbs/cifar/03_model.ipynb #cell-07
 def conv3x3(
     inputs:int,   # channels
     outputs:int,  # channels
@@ -35,7 +33,7 @@ def conv3x3(
     "A 3×3 convolution without bias that keeps the size."
     return nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
 
-# %% ../../nbs/cifar/03_model.ipynb #cell-06
+# %% ../../nbs/cifar/03_model.ipynb #cell-09
 class Block(nn.Module):
     "Convolution, pooling by 2, batch norm, GELU, convolution, batch norm, GELU."
     def __init__(
@@ -52,6 +50,10 @@ class Block(nn.Module):
         x = F.gelu(self.norm1(F.max_pool2d(self.conv1(x), 2)))
         return F.gelu(self.norm2(self.conv2(x)))
 
+# %% ../../nbs/cifar/03_model.ipynb #cell-11
+WHITEN_KERNEL = 2                              # side of the whitened patches, pixels
+WHITEN_WIDTH = 2 * 3 * WHITEN_KERNEL**2        # filters of the first layer
+
 class Network(nn.Module):
     "airbench94's network (Jordan 2024)."
     def __init__(
@@ -59,10 +61,10 @@ class Network(nn.Module):
         settings:Model,
     ):
         super().__init__()
-        widths = (WHITEN_WIDTH, *settings.widths)
+        kept, widths = settings.batchnorm_momentum, (WHITEN_WIDTH, *settings.widths)
         self.whiten = nn.Conv2d(3, WHITEN_WIDTH, WHITEN_KERNEL)
         self.whiten.weight.requires_grad_(False)
-        self.blocks = nn.Sequential(*(Block(i, o, settings.batchnorm_momentum) for i, o in zip(widths, widths[1:], strict=False)))
+        self.blocks = nn.Sequential(*(Block(widths[i], widths[i + 1], kept) for i in range(3)))
         self.head = nn.Linear(widths[-1], 10, bias=False)
         self.logit_scale = settings.logit_scale
 
@@ -73,34 +75,52 @@ class Network(nn.Module):
         x = self.blocks(F.gelu(self.whiten(images)))
         return self.head(F.max_pool2d(x, 3).flatten(1)) * self.logit_scale
 
-# %% ../../nbs/cifar/03_model.ipynb #cell-10
+# %% ../../nbs/cifar/03_model.ipynb #cell-16
+def _initial_weight(
+    module:nn.Module,           # a convolution or a linear layer
+    identity:bool,              # do the first filters start as the identity?
+    generator:torch.Generator,  # on the CPU
+)->torch.Tensor:
+    weight = torch.empty(module.weight.shape)
+    nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)
+    if identity: nn.init.dirac_(weight[:weight.shape[1]])
+    return weight
+
+# %% ../../nbs/cifar/03_model.ipynb #cell-18
 def initialize(
     network:Network,
     generator:torch.Generator, # on the CPU
 )->None:
     "Set all parameters and running statistics but the whitening filters, in place."
     for module in network.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            weight = torch.empty(module.weight.shape)
-            nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)
-            if isinstance(module, nn.Conv2d) and module is not network.whiten: nn.init.dirac_(weight[:weight.shape[1]])
-            module.weight.data.copy_(weight)
-            if module.bias is not None: nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.BatchNorm2d): module.reset_parameters()
+        if isinstance(module, nn.BatchNorm2d): module.reset_parameters()
+        if not isinstance(module, (nn.Conv2d, nn.Linear)): continue
+        identity = isinstance(module, nn.Conv2d) and module is not network.whiten
+        module.weight.data.copy_(_initial_weight(module, identity, generator))
+        if module.bias is not None: nn.init.zeros_(module.bias)
 
-# %% ../../nbs/cifar/03_model.ipynb #cell-13
+# %% ../../nbs/cifar/03_model.ipynb #cell-21
+def _patches(
+    images:torch.Tensor,  # (n, 3, h, w)
+    size:int,             # side of a patch, pixels
+)->torch.Tensor:          # (n * (h - size + 1) * (w - size + 1), 3 * size**2) float32
+    "All patches of the images, a row each."
+    patches = images.float().unfold(2, size, 1).unfold(3, size, 1)
+    return patches.permute(0, 2, 3, 1, 4, 5).reshape(-1, 3 * size**2)
+
+# %% ../../nbs/cifar/03_model.ipynb #cell-23
 def whitening_filters(
     images:torch.Tensor, # (n, 3, h, w) normalised
     eps:float,           # added to the eigenvalues
 )->torch.Tensor:         # (24, 3, 2, 2) float32
     "Filters that whiten patches, the direction of largest variance first."
     size = WHITEN_KERNEL
-    patches = images.float().unfold(2, size, 1).unfold(3, size, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 3 * size**2)
+    patches = _patches(images, size)
     values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches), UPLO="U")
     filters = (vectors / (values + eps).sqrt()).T.flip(0).reshape(-1, 3, size, size)
     return torch.cat([filters, -filters])
 
-# %% ../../nbs/cifar/03_model.ipynb #cell-16
+# %% ../../nbs/cifar/03_model.ipynb #cell-28
 ORIGINAL_NAMES = {"0.": "whiten.", "2.": "blocks.0.", "3.": "blocks.1.", "4.": "blocks.2.", "7.": "head."}
 
 def from_original(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['learning_rates', 'make_optimizer', 'schedule_factor', 'make_scheduler', 'lookahead_kept', 'Lookahead']
 
-# %% ../../nbs/cifar/04_optimizer.ipynb #cell-03
+# %% ../../nbs/cifar/04_optimizer.ipynb #cell-02
 import torch
 from torch import nn
 
@@ -19,8 +19,10 @@ def learning_rates(
     "Learning rates and decay a step (airbench94's `kilostep_scale`)."
     kilostep = 1024 * (1 + 1 / (1 - settings.momentum))
     lr = settings.lr / kilostep
-    return dict(lr=lr, lr_biases=lr * settings.bias_lr_factor, weight_decay=settings.weight_decay * batch_size / kilostep)
+    decay = settings.weight_decay * batch_size / kilostep
+    return dict(lr=lr, lr_biases=lr * settings.bias_lr_factor, weight_decay=decay)
 
+# %% ../../nbs/cifar/04_optimizer.ipynb #cell-08
 def make_optimizer(
     network:nn.Module,
     settings:Optimizer,
@@ -29,11 +31,13 @@ def make_optimizer(
     "Nesterov SGD with one group for batch-norm biases and one for everything else that is trained."
     rates = learning_rates(settings, batch_size)
     trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
-    groups = [dict(params=[p for name, p in trained.items() if ("norm" in name) == biases], lr=lr, weight_decay=rates["weight_decay"] / lr)
-              for biases, lr in ((True, rates["lr_biases"]), (False, rates["lr"]))]
+    biases = [p for name, p in trained.items() if "norm" in name]
+    others = [p for name, p in trained.items() if "norm" not in name]
+    groups = [dict(params=params, lr=lr, weight_decay=rates["weight_decay"] / lr)
+              for params, lr in ((biases, rates["lr_biases"]), (others, rates["lr"]))]
     return torch.optim.SGD(groups, momentum=settings.momentum, nesterov=True)
 
-# %% ../../nbs/cifar/04_optimizer.ipynb #cell-08
+# %% ../../nbs/cifar/04_optimizer.ipynb #cell-11
 def schedule_factor(
     step:int,       # steps done
     total:int,      # steps in all
@@ -44,11 +48,13 @@ def schedule_factor(
     if step < warmup: return settings.start + (1 - settings.start) * step / warmup
     return settings.end + (1 - settings.end) * (total - step) / (total - warmup)
 
+# %% ../../nbs/cifar/04_optimizer.ipynb #cell-13
 def make_scheduler(optimizer:torch.optim.Optimizer, settings:Settings):
     "A scheduler to be stepped after each optimiser step."
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule_factor(step, settings.total_steps, settings.schedule))
+    def factor(step): return schedule_factor(step, settings.total_steps, settings.schedule)
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
-# %% ../../nbs/cifar/04_optimizer.ipynb #cell-11
+# %% ../../nbs/cifar/04_optimizer.ipynb #cell-16
 def lookahead_kept(
     step:int,     # steps done
     total:int,    # steps in all
@@ -58,10 +64,12 @@ def lookahead_kept(
     "Part of the average that an update keeps: decay**every * (step / total)**3."
     return decay**every * (step / total) ** 3
 
+# %% ../../nbs/cifar/04_optimizer.ipynb #cell-18
 class Lookahead:
     "Slow weights: an average of all floating-point parameters and buffers."
     def __init__(self, network:nn.Module):
-        self.average = {name: tensor.clone() for name, tensor in network.state_dict().items() if tensor.is_floating_point()}
+        state = network.state_dict()
+        self.average = {name: tensor.clone() for name, tensor in state.items() if tensor.is_floating_point()}
 
     @torch.no_grad()
     def update(

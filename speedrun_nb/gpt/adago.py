@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ACCUMULATORS', 'adaptive_steps', 'AdaGO']
 
-# %% ../../nbs/gpt/08_adago.ipynb #cell-03
+# %% ../../nbs/gpt/08_adago.ipynb #cell-02
 from collections.abc import Iterable
 
 import torch
@@ -14,8 +14,6 @@ from ..core.errors import SpeedrunError
 from .muon import MatrixOptimizer, momentum_updates, orthogonalize, update_scale
 
 # %% ../../nbs/gpt/08_adago.ipynb #cell-05
-ACCUMULATORS = "group", "matrix"
-
 def adaptive_steps(
     norms:torch.Tensor,       # (n,) gradient norms
     accumulated:torch.Tensor, # (n,) sums of squared capped norms so far
@@ -28,7 +26,9 @@ def adaptive_steps(
     accumulated = accumulated + capped.square()
     return (lr * capped / accumulated.sqrt().clamp(min=1e-12)).clamp(min=eps), accumulated
 
-# %% ../../nbs/gpt/08_adago.ipynb #cell-08
+# %% ../../nbs/gpt/08_adago.ipynb #cell-10
+ACCUMULATORS = "group", "matrix"
+
 class AdaGO(MatrixOptimizer):
     "Muon's direction, AdaGrad's step (Zhang et al. 2025)."
     def __init__(
@@ -43,24 +43,27 @@ class AdaGO(MatrixOptimizer):
         nesterov:bool=True,
         steps:int=5,             # of Newton-Schulz
     ):
-        "Raises SpeedrunError for a parameter that is no matrix and for an unknown accumulator."
-        if accumulator not in ACCUMULATORS: raise SpeedrunError(f"accumulator is one of {', '.join(ACCUMULATORS)}, not {accumulator}")
-        super().__init__(params, dict(lr=lr, gamma=gamma, eps=eps, initial_eps=eps, accumulator=accumulator, eps_scheduled=eps_scheduled,
-                                      momentum=momentum, nesterov=nesterov, steps=steps))
+        "Raises `SpeedrunError` for a parameter that is no matrix and for an unknown accumulator."
+        if accumulator not in ACCUMULATORS:
+            raise SpeedrunError(f"accumulator is one of {', '.join(ACCUMULATORS)}, not {accumulator}")
+        super().__init__(params, dict(
+            lr=lr, gamma=gamma, eps=eps, initial_eps=eps, accumulator=accumulator, eps_scheduled=eps_scheduled,
+            momentum=momentum, nesterov=nesterov, steps=steps))
 
     def _sizes(self, group:dict, parameters:list)->list[torch.Tensor]:
         "The step of each parameter; the accumulators move on."
-        norms = torch.stack(torch._foreach_norm([p.grad for p in parameters]))
-        together = group["accumulator"] == "group"
-        # a group's accumulator lies with its first parameter, where a checkpoint finds it whether that one has a gradient or not
-        states = [self.state[p] for p in (group["params"][:1] if together else parameters)]
-        sums = torch.stack([state["accumulated"] if "accumulated" in state else norms.new_zeros(()) for state in states])
-        steps, sums = adaptive_steps(norms.norm()[None] if together else norms, sums, group["lr"], group["gamma"], group["eps"])
+        norms, holders = torch.stack(torch._foreach_norm([p.grad for p in parameters])), parameters
+        if group["accumulator"] == "group": norms, holders = norms.norm()[None], group["params"][:1]
+        states = [self.state[p] for p in holders]
+        sums = torch.stack([state.get("accumulated", norms.new_zeros(())) for state in states])
+        steps, sums = adaptive_steps(norms, sums, group["lr"], group["gamma"], group["eps"])
         for state, value in zip(states, sums.unbind(), strict=True): state["accumulated"] = value
         return list(steps.expand(len(parameters)).unbind())
 
     def update(self, group:dict, parameters:list)->None:
         "p -= step * scale * NS(g + momentum * buffer)."
         sizes = self._sizes(group, parameters)
-        directions = orthogonalize(momentum_updates(self, parameters, group["momentum"], group["nesterov"]), group["steps"])
-        for p, size, direction in zip(parameters, sizes, directions, strict=True): p.addcmul_(direction.to(p.dtype), size, value=-update_scale(p))
+        updates = momentum_updates(self, parameters, group["momentum"], group["nesterov"])
+        directions = orthogonalize(updates, group["steps"])
+        for p, size, direction in zip(parameters, sizes, directions, strict=True):
+            p.addcmul_(direction.to(p.dtype), size, value=-update_scale(p))

@@ -6,7 +6,7 @@
 __all__ = ['EPSILONS', 'ORIGINAL_NAMES', 'rms_norm', 'rotations', 'rotate', 'CausalConv', 'attention_convs', 'Attention',
            'FeedForward', 'Block', 'GPT', 'initialize', 'split_parameters', 'from_original']
 
-# %% ../../nbs/gpt/06_model.ipynb #cell-03
+# %% ../../nbs/gpt/06_model.ipynb #cell-02
 import math
 
 import torch
@@ -21,9 +21,10 @@ from .settings import Model
 EPSILONS = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10, torch.float32: 2.0**-23, torch.float64: 2.0**-52}
 
 def rms_norm(x:torch.Tensor)->torch.Tensor:
-    "Divide by the root mean square of the last dimension (epsilon: that of the number format, as in the torch 2.4 of record 5)."
+    "Divide by the root mean square of the last dimension (epsilon: as in the torch 2.4 of record 5)."
     return F.rms_norm(x, (x.shape[-1],), eps=EPSILONS[x.dtype])
 
+# %% ../../nbs/gpt/06_model.ipynb #cell-08
 def rotations(
     length:int,    # positions
     channels:int,  # of a head
@@ -34,6 +35,7 @@ def rotations(
     angles = (torch.arange(length).float()[:, None] * speeds)[:, None]
     return angles.cos().bfloat16(), angles.sin().bfloat16()
 
+# %% ../../nbs/gpt/06_model.ipynb #cell-10
 def rotate(
     x:torch.Tensor,    # (n, length, heads, channels)
     cos:torch.Tensor,  # see `rotations`
@@ -43,7 +45,7 @@ def rotate(
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos + b * sin, b * cos - a * sin], -1).type_as(x)
 
-# %% ../../nbs/gpt/06_model.ipynb #cell-08
+# %% ../../nbs/gpt/06_model.ipynb #cell-13
 class CausalConv(nn.Conv1d):
     "A convolution over time that sees the present step and those before it."
     def __init__(
@@ -58,6 +60,7 @@ class CausalConv(nn.Conv1d):
     def forward(self, x):  # (n, length, channels) -> the same
         return super().forward(x.mT)[..., :x.shape[1]].mT
 
+# %% ../../nbs/gpt/06_model.ipynb #cell-15
 def attention_convs(
     model:Model,
     heads:int,           # key-value heads of the block
@@ -66,12 +69,14 @@ def attention_convs(
     channels, kernel = model.width // model.heads, model.attention_conv_kernel
     if model.attention_conv == "none": return {}
     if model.attention_conv == "grouped":
-        return {name: CausalConv(n * channels, n, kernel) for name, n in (("query_conv", model.heads), ("key_value_conv", heads))}
-    return {name: CausalConv(n * channels, n * channels, kernel, bias=False) for name, n in (("query_conv", model.heads), ("key_conv", heads), ("value_conv", heads))}
+        sizes = {"query_conv": model.heads, "key_value_conv": heads}
+        return {name: CausalConv(n * channels, n, kernel) for name, n in sizes.items()}
+    sizes = {"query_conv": model.heads, "key_conv": heads, "value_conv": heads}
+    return {name: CausalConv(n * channels, n * channels, kernel, bias=False) for name, n in sizes.items()}
 
-# %% ../../nbs/gpt/06_model.ipynb #cell-11
+# %% ../../nbs/gpt/06_model.ipynb #cell-17
 class Attention(nn.Module):
-    "Causal self-attention with rotary embeddings and normalised queries and keys; grouped queries (Ainslie et al. 2023)."
+    "Causal self-attention with rotary embeddings, normalised queries and keys, grouped queries (Ainslie et al. 2023)."
     def __init__(
         self,
         model:Model,
@@ -80,12 +85,13 @@ class Attention(nn.Module):
         super().__init__()
         width, self.channels, self.shared = model.width, model.width // model.heads, model.heads // heads
         self.query = nn.Linear(width, width, bias=False)
-        self.key, self.value = (nn.Linear(width, heads * self.channels, bias=False) for _ in range(2))
+        self.key = nn.Linear(width, heads * self.channels, bias=False)
+        self.value = nn.Linear(width, heads * self.channels, bias=False)
         self.output = nn.Linear(width, width, bias=False)
         self.kind = model.attention_conv
         for name, conv in attention_convs(model, heads).items(): setattr(self, name, conv)
 
-    def project(self, x):  # (n, length, width) -> queries (n, length, width), keys and values (n, length, heads * channels)
+    def project(self, x):  # (n, length, width) -> queries as x; keys and values (n, length, heads * channels)
         query, key, value = self.query(x), self.key(x), self.value(x)
         if self.kind == "none": return query, key, value
         if self.kind == "grouped": return self.query_conv(query), self.key_value_conv(key), self.key_value_conv(value)
@@ -95,9 +101,11 @@ class Attention(nn.Module):
         query, key, value = (part.unflatten(-1, (-1, self.channels)) for part in self.project(x))
         query, key = rms_norm(rotate(query, cos, sin)), rms_norm(rotate(key, cos, sin))
         if self.shared > 1: key, value = (part.repeat_interleave(self.shared, 2) for part in (key, value))
-        mixed = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (query, key, value)), is_causal=True)
+        heads_first = (part.transpose(1, 2) for part in (query, key, value))
+        mixed = F.scaled_dot_product_attention(*heads_first, is_causal=True)
         return self.output(mixed.transpose(1, 2).flatten(2))
 
+# %% ../../nbs/gpt/06_model.ipynb #cell-19
 class FeedForward(nn.Module):
     "Four times as wide, with squared ReLU (So et al. 2021)."
     def __init__(self, width:int):
@@ -106,7 +114,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x): return self.down(F.relu(self.up(x)).square())
 
-# %% ../../nbs/gpt/06_model.ipynb #cell-13
+# %% ../../nbs/gpt/06_model.ipynb #cell-20
 class Block(nn.Module):
     "Attention and feed-forward, one after the other or side by side."
     def __init__(
@@ -115,8 +123,8 @@ class Block(nn.Module):
         index:int,   # 0 is the lowest
     ):
         super().__init__()
-        shares = index >= model.layers - model.key_value_layers
-        self.attention = Attention(model, model.key_value_heads if shares and model.key_value_heads else model.heads)
+        shares = model.key_value_heads and index >= model.layers - model.key_value_layers
+        self.attention = Attention(model, model.key_value_heads if shares else model.heads)
         self.feed_forward = FeedForward(model.width)
         self.parallel, self.scale = model.block == "parallel", model.branch_scale
 
@@ -127,6 +135,7 @@ class Block(nn.Module):
         x = x + self.attention(rms_norm(x), cos, sin)
         return x + self.feed_forward(rms_norm(x))
 
+# %% ../../nbs/gpt/06_model.ipynb #cell-22
 class GPT(nn.Module):
     "Record 5's network (modded-nanogpt, 14 October 2024). Its weights are torch's defaults until `initialize`."
     def __init__(
@@ -136,9 +145,11 @@ class GPT(nn.Module):
     ):
         super().__init__()
         self.model, self.longest = model, longest
-        self.head = nn.Linear(model.width, model.vocabulary, bias=False)  # the embedding too, which is why it starts as a linear layer does
+        self.head = nn.Linear(model.width, model.vocabulary, bias=False)
         self.blocks = nn.ModuleList(Block(model, index) for index in range(model.layers))
-        for name, table in zip(("cos", "sin"), rotations(longest, model.width // model.heads, model.rope_base), strict=True): self.register_buffer(name, table, persistent=False)
+        cos, sin = rotations(longest, model.width // model.heads, model.rope_base)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
 
     def forward(
         self,
@@ -146,38 +157,47 @@ class GPT(nn.Module):
         targets:torch.Tensor|None=None,    # (n, length) int64, the tokens that follow
         active:tuple[int, ...]|None=None,  # the blocks that run, by index; None: all
         chunk:int|None=None,               # see `linear_cross_entropy`
-    )->torch.Tensor:                       # mean loss of a token, a float32 scalar; without targets logits, (n, length, vocabulary) float32
+    )->torch.Tensor: # mean loss of a token, a float32 scalar; without targets logits, (n, length, vocabulary) float32
         "Raises `SpeedrunError` for a sequence that is too long."
         length = tokens.shape[1]
-        if length > self.longest: raise SpeedrunError(f"a sequence of {length} tokens is longer than the {self.longest} that the network was made for")
+        if length > self.longest:
+            raise SpeedrunError(f"a sequence of {length} tokens is longer than the {self.longest} "
+                                "that the network was made for")
         x, cos, sin = F.embedding(tokens, self.head.weight), self.cos[:length], self.sin[:length]
         for index, block in enumerate(self.blocks):
             if active is None or index in active: x = block(x, cos, sin)
         return self.read_out(x, targets, chunk)
 
     def read_out(self, x, targets, chunk):
-        "What the last block says as logits or as a loss; apart from the rest, so that it can be compiled by itself."
+        "What the last block says as logits or as a loss."
         x = rms_norm(x)
         if targets is None: return self.head(x).float()
         return linear_cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten(), chunk)
 
-# %% ../../nbs/gpt/06_model.ipynb #cell-17
+# %% ../../nbs/gpt/06_model.ipynb #cell-27
+def _ends_branch(name:str)->bool: return "output." in name or "down." in name
+
+def _initial_value(network:GPT, name:str, shape:torch.Size, generator:torch.Generator)->torch.Tensor:
+    "What a parameter of this name starts as."
+    value = torch.zeros(shape)
+    if "_conv." in name and network.model.attention_conv == "depthwise":
+        value.fill_(0.5 / value.shape[-1])
+        value[..., -1] = 0.5
+    elif not _ends_branch(name):
+        fan_in = network.get_parameter(name.replace(".bias", ".weight"))[0].numel()
+        value.uniform_(-1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in), generator=generator)
+    return value
+
+# %% ../../nbs/gpt/06_model.ipynb #cell-29
 def initialize(
     network:GPT,
     generator:torch.Generator, # on the CPU
 )->None:
     "Set all parameters, in place and in the order of `named_parameters`."
-    depthwise = network.model.attention_conv == "depthwise"
     for name, parameter in network.named_parameters():
-        value = torch.zeros(parameter.shape)
-        if "_conv." in name and depthwise:
-            value.fill_(0.5 / value.shape[-1])
-            value[..., -1] = 0.5
-        elif "output." not in name and "down." not in name:
-            fan_in = network.get_parameter(name.replace(".bias", ".weight"))[0].numel()
-            value.uniform_(-1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in), generator=generator)
-        parameter.data.copy_(value)
+        parameter.data.copy_(_initial_value(network, name, parameter.shape, generator))
 
+# %% ../../nbs/gpt/06_model.ipynb #cell-31
 def split_parameters(
     network:GPT,
 )->tuple[list, list, list]: # the table; matrices of the blocks; others: kernels and biases of convolutions
@@ -185,15 +205,28 @@ def split_parameters(
     inner = list(network.blocks.parameters())
     return [network.head.weight], [p for p in inner if p.ndim == 2], [p for p in inner if p.ndim != 2]
 
-# %% ../../nbs/gpt/06_model.ipynb #cell-29
-ORIGINAL_NAMES = {"transformer.wte.": "head.", "transformer.h.": "blocks.", ".attn.c_proj.": ".attention.output.", ".mlp.c_proj.": ".feed_forward.down.", ".mlp.c_fc.": ".feed_forward.up.",
-                  ".attn.c_q.": ".attention.query.", ".attn.c_k.": ".attention.key.", ".attn.c_v.": ".attention.value.", ".attn.q_conv.": ".attention.query_conv.", ".attn.kv_conv.": ".attention.key_value_conv."}
+# %% ../../nbs/gpt/06_model.ipynb #cell-50
+ORIGINAL_NAMES = {
+    "transformer.wte.": "head.",
+    "transformer.h.": "blocks.",
+    ".attn.c_proj.": ".attention.output.",
+    ".attn.c_q.": ".attention.query.",
+    ".attn.c_k.": ".attention.key.",
+    ".attn.c_v.": ".attention.value.",
+    ".attn.q_conv.": ".attention.query_conv.",
+    ".attn.kv_conv.": ".attention.key_value_conv.",
+    ".mlp.c_proj.": ".feed_forward.down.",
+    ".mlp.c_fc.": ".feed_forward.up.",
+}
 
+def _our_name(name:str)->str:
+    for theirs, ours in ORIGINAL_NAMES.items(): name = name.replace(theirs, ours)
+    return name
+
+# %% ../../nbs/gpt/06_model.ipynb #cell-52
 def from_original(
     state:dict, # name in train_gpt2.py -> array or tensor
 )->dict:        # our name -> tensor
     "Translate the names of modded-nanogpt's parameters; its output layer is the table once more and is left out."
-    def translate(name):
-        for theirs, ours in ORIGINAL_NAMES.items(): name = name.replace(theirs, ours)
-        return name
-    return {translate(name): torch.as_tensor(value) for name, value in state.items() if not name.startswith("lm_head.")}
+    kept = {name: value for name, value in state.items() if not name.startswith("lm_head.")}
+    return {_our_name(name): torch.as_tensor(value) for name, value in kept.items()}

@@ -15,7 +15,7 @@ import torch
 from ..core.clock import synchronize
 from ..core.records import FINGERPRINT_LOSSES
 
-# %% ../../nbs/gpt/12_notes.ipynb #cell-04
+# %% ../../nbs/gpt/12_notes.ipynb #cell-05
 UNTIMED_STEPS = 10  # record 5 starts its clock after them
 
 class StepClock:
@@ -31,19 +31,49 @@ class StepClock:
 
     def mark(self)->None:
         "A step ends here."
+        mark = time.perf_counter()
         if self.device.type == "cuda":
-            self._marks.append(torch.cuda.Event(enable_timing=True))
-            self._marks[-1].record()
-        else: self._marks.append(time.perf_counter())
+            mark = torch.cuda.Event(enable_timing=True)
+            mark.record()
+        self._marks.append(mark)
 
     def stop(self)->tuple[float, list[float]]: # seconds; milliseconds of each step
         "Stand still. Returns the time since `start`, and that of each step."
         synchronize(self.device)
-        seconds, pairs = time.perf_counter() - self._since, zip(self._marks, self._marks[1:], strict=False)
-        return seconds, [a.elapsed_time(b) if self.device.type == "cuda" else 1000 * (b - a) for a, b in pairs]
+        seconds = time.perf_counter() - self._since
+        return seconds, [self._between(*pair) for pair in zip(self._marks, self._marks[1:], strict=False)]
 
-# %% ../../nbs/gpt/12_notes.ipynb #cell-07
+    def _between(self, first, second)->float:
+        "Milliseconds between two marks."
+        return first.elapsed_time(second) if self.device.type == "cuda" else 1000 * (second - first)
+
+# %% ../../nbs/gpt/12_notes.ipynb #cell-08
 _CURVE = ("step", "val_loss", "train_loss", "time_seconds", "step_ms", "tokens", "tokens_per_second")
+
+def _make_point(
+    curve:dict,               # name -> list, so far
+    step:int,
+    val_loss:float,
+    tokens:int,               # trained on so far
+    training:float,           # seconds on the clock so far
+    losses:list[float],       # of the steps since the last point
+    milliseconds:list[float], # of each of them
+)->tuple[dict, list[float], int]: # the point; milliseconds of the steps that count, and tokens trained on in them
+    last = {name: values[-1] if values else 0 for name, values in curve.items()}
+    timed = milliseconds[max(0, UNTIMED_STEPS - last["step"]):]
+    timed_tokens = (tokens - last["tokens"]) * len(timed) // max(1, len(milliseconds))
+    seconds = training - (last["time_seconds"] or 0)
+    point = dict(
+        step=step,
+        val_loss=val_loss,
+        train_loss=statistics.fmean(losses) if losses else None,
+        time_seconds=training if timed else None,
+        step_ms=statistics.median(timed) if timed else None,
+        tokens=tokens,
+        tokens_per_second=timed_tokens / seconds if timed and seconds else None)
+    return point, timed, timed_tokens
+
+# %% ../../nbs/gpt/12_notes.ipynb #cell-10
 _KEPT = ("curve", "first_losses", "last_loss", "step_ms", "timed_tokens", "seconds", "_losses", "_milliseconds")
 
 class Notes:
@@ -52,7 +82,8 @@ class Notes:
         self.curve = {name: [] for name in _CURVE}
         self.first_losses, self.last_loss, self.step_ms, self.timed_tokens = [], None, [], 0
         self.seconds = dict(training=0.0, validation=0.0, wall=0.0)
-        self.pending, self._losses, self._milliseconds = [], [], []  # losses still on the device; losses and times since the last point
+        self.pending = []                          # losses still on the device
+        self._losses, self._milliseconds = [], []  # losses and times since the last point
 
     def look(self)->bool:
         "Take the losses off the device. False when one of them is not finite."
@@ -68,15 +99,12 @@ class Notes:
         self._milliseconds += milliseconds
 
     def add_point(self, step:int, val_loss:float, tokens:int)->None:
-        "A point of the curves, at a validation. Losses since the last one are averaged; times count from the eleventh step on."
-        last = {name: values[-1] if values else 0 for name, values in self.curve.items()}
-        timed = self._milliseconds[max(0, UNTIMED_STEPS - last["step"]):]
-        seconds = self.seconds["training"] - (last["time_seconds"] or 0) if timed else None
-        new = (tokens - last["tokens"]) * len(timed) // max(1, len(self._milliseconds))
-        point = (step, val_loss, statistics.fmean(self._losses) if self._losses else None, self.seconds["training"] if timed else None,
-                 statistics.median(timed) if timed else None, tokens, new / seconds if seconds else None)
-        for name, value in zip(_CURVE, point, strict=True): self.curve[name].append(value)
-        self.step_ms, self.timed_tokens = self.step_ms + timed, self.timed_tokens + new
+        "A point of the curves, at a validation."
+        point, timed, timed_tokens = _make_point(
+            self.curve, step, val_loss, tokens, training=self.seconds["training"],
+            losses=self._losses, milliseconds=self._milliseconds)
+        for name, value in point.items(): self.curve[name].append(value)
+        self.step_ms, self.timed_tokens = self.step_ms + timed, self.timed_tokens + timed_tokens
         self._losses, self._milliseconds = [], []
 
     def state(self)->dict: return {name: getattr(self, name) for name in _KEPT}

@@ -8,6 +8,7 @@ __all__ = ['LOST', 'exchange', 'Processes', 'join_processes', 'check_sizes']
 # %% ../../nbs/gpt/11_processes.ipynb #cell-02
 import datetime
 import os
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -15,20 +16,44 @@ import torch
 import torch.distributed as dist
 
 from ..core.errors import SpeedrunError
+from .settings import Settings
 
 # %% ../../nbs/gpt/11_processes.ipynb #cell-05
-_BUCKET = 2**24  # numbers in one exchange
 LOST = "another process is gone, or does not answer"
 
 @contextmanager
 def exchange():
-    "What fails in the block is another process, of which this one only sees a broken line; or the GPU, which is told apart."
+    "What fails in the block is another process; or the GPU, whose errors are passed on."
     try: yield
     except RuntimeError as error:
         text = str(error)
         if "out of memory" in text or text.startswith("CUDA error"): raise
         raise SpeedrunError(f"{LOST} ({text.splitlines()[0]})") from None
 
+# %% ../../nbs/gpt/11_processes.ipynb #cell-08
+_BUCKET = 2**24  # numbers in one exchange
+
+def _buckets(tensors:Iterable[torch.Tensor])->Iterator[list[torch.Tensor]]:
+    "Neighbours, together until there are enough of them."
+    bucket, size = [], 0
+    for tensor in tensors:
+        bucket.append(tensor)
+        size += tensor.numel()
+        if size >= _BUCKET:
+            yield bucket
+            bucket, size = [], 0
+    if bucket: yield bucket
+
+# %% ../../nbs/gpt/11_processes.ipynb #cell-10
+def _is_alone(bucket:list[torch.Tensor])->bool:
+    "Is it one tensor that can be sent as it is?"
+    return len(bucket) == 1 and bucket[0].is_contiguous()
+
+def _flat(bucket:list[torch.Tensor])->torch.Tensor:
+    "All its numbers in a row: the tensor itself where it is alone, a copy otherwise."
+    return bucket[0].view(-1) if _is_alone(bucket) else torch.cat([tensor.reshape(-1) for tensor in bucket])
+
+# %% ../../nbs/gpt/11_processes.ipynb #cell-12
 @dataclass(frozen=True)
 class Processes:
     "This process among all."
@@ -42,13 +67,14 @@ class Processes:
         sent = []
         with exchange():
             for bucket in _buckets(tensors):
-                alone = len(bucket) == 1 and bucket[0].is_contiguous()  # such as the table's, which need not be copied
-                flat = bucket[0].view(-1) if alone else torch.cat([t.reshape(-1) for t in bucket])
-                sent.append((bucket, flat, alone, dist.all_reduce(flat, async_op=True)))
+                flat = _flat(bucket)
+                sent.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
             for *_, work in sent: work.wait()
-        for bucket, flat, alone, _ in sent:
+        for bucket, flat, _ in sent:
             flat.div_(self.world)
-            for tensor, part in () if alone else zip(bucket, flat.split([t.numel() for t in bucket]), strict=True): tensor.copy_(part.view_as(tensor))
+            if _is_alone(bucket): continue
+            parts = flat.split([tensor.numel() for tensor in bucket])
+            for tensor, part in zip(bucket, parts, strict=True): tensor.copy_(part.view_as(tensor))
 
     def total(self, *values:float)->list[float]:
         "The sums over all processes."
@@ -63,40 +89,36 @@ class Processes:
         with exchange(): dist.all_reduce(tensor, how)
         return tensor.tolist()
 
-def _buckets(tensors):
-    "Neighbours, together until there are enough of them."
-    bucket, size = [], 0
-    for tensor in tensors:
-        bucket.append(tensor)
-        size += tensor.numel()
-        if size >= _BUCKET:
-            yield bucket
-            bucket, size = [], 0
-    if bucket: yield bucket
-
-# %% ../../nbs/gpt/11_processes.ipynb #cell-08
+# %% ../../nbs/gpt/11_processes.ipynb #cell-15
 def join_processes(
     timeout:float=600,  # seconds to wait for the others in any exchange
 )->Processes:
     "Become one of the processes that torchrun started: nccl on GPUs, gloo on CPUs; alone where it did not."
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
-    if cuda: torch.cuda.set_device(device)
-    if world > 1: dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=timeout))
-    if world > 1 and cuda: dist.all_reduce(torch.zeros(1, device=device))  # nccl takes its memory now, before all is taken
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device, cuda = torch.device("cpu"), torch.cuda.is_available()
+    if cuda:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=timeout))
+        if cuda: dist.all_reduce(torch.zeros(1, device=device))
     return Processes(rank, world, device)
 
-# %% ../../nbs/gpt/11_processes.ipynb #cell-11
+# %% ../../nbs/gpt/11_processes.ipynb #cell-18
 def check_sizes(
-    settings,       # of the study
+    settings:Settings,
     world:int,      # number of processes
 )->None:
     "Raises `SpeedrunError` where the batch cannot be shared out, or a setting cannot act with so many processes."
-    train = settings.train
-    if train.batch_size % world: raise SpeedrunError(f"{world} processes cannot share train.batch_size ({train.batch_size} sequences) evenly; use another number of GPUs, or another train.batch_size")
-    each = train.batch_size // world
-    if each > train.device_batch_size and each % train.device_batch_size:
-        raise SpeedrunError(f"each of {world} processes has {each} sequences of train.batch_size ({train.batch_size}), which train.device_batch_size ({train.device_batch_size}) does not divide; "
+    batch, part = settings.train.batch_size, settings.train.device_batch_size
+    if batch % world:
+        raise SpeedrunError(f"{world} processes cannot share train.batch_size ({batch} sequences) evenly; "
+                            "use another number of GPUs, or another train.batch_size")
+    each = batch // world
+    if each > part and each % part:
+        raise SpeedrunError(f"each of {world} processes has {each} sequences of train.batch_size ({batch}), "
+                            f"which train.device_batch_size ({part}) does not divide; "
                             f"choose a train.device_batch_size that divides {each}")
-    if settings.optimizer.sharded and world == 1: raise SpeedrunError("optimizer.sharded cannot act with one process: there is none to share the work with; use two GPUs or more, or train.cpu_processes=2 on a CPU")
+    if settings.optimizer.sharded and world == 1:
+        raise SpeedrunError("optimizer.sharded cannot act with one process: there is none to share the work with; "
+                            "use two GPUs or more, or train.cpu_processes=2 on a CPU")

@@ -6,7 +6,7 @@
 __all__ = ['BETAS', 'block_optimizer', 'make_optimizers', 'learning_rate_factor', 'set_learning_rate_factor', 'Curriculum',
            'DepthWarming']
 
-# %% ../../nbs/gpt/09_schedules.ipynb #cell-03
+# %% ../../nbs/gpt/09_schedules.ipynb #cell-02
 from collections.abc import Iterable
 
 import numpy as np
@@ -19,53 +19,67 @@ from .muon import Muon
 from .settings import Optimizer, Schedule, Settings
 
 # %% ../../nbs/gpt/09_schedules.ipynb #cell-05
-BETAS = 0.9, 0.95  # of AdamW (record 5)
-
 def block_optimizer(
-    matrices:list[torch.Tensor],
+    matrices:list,      # (rows, columns) each
     settings:Optimizer,
-    rank:int=0,
-    world:int=1,
+    rank:int=0,         # this process
+    world:int=1,        # processes that may share the work
 )->torch.optim.Optimizer:
-    "Muon, AdaGO or Adagrad for the blocks' matrices."
+    "Muon, AdaGO or Adagrad, as the settings say."
     if settings.block == "adagrad": return torch.optim.Adagrad(matrices, lr=settings.block_lr)
     common = dict(lr=settings.block_lr, momentum=settings.block_momentum, steps=settings.block_steps)
     if settings.block == "muon": return Muon(matrices, **common, sharded=settings.sharded, rank=rank, world=world)
-    return AdaGO(matrices, **common, gamma=settings.block_gamma, eps=settings.block_eps, accumulator=settings.block_accumulator, eps_scheduled=settings.block_eps_scheduled)
+    return AdaGO(
+        matrices, **common,
+        gamma=settings.block_gamma,
+        eps=settings.block_eps,
+        accumulator=settings.block_accumulator,
+        eps_scheduled=settings.block_eps_scheduled)
 
+# %% ../../nbs/gpt/09_schedules.ipynb #cell-07
+BETAS = 0.9, 0.95  # of AdamW (record 5)
+
+def _all_groups(optimizers:Iterable[torch.optim.Optimizer])->list[dict]:
+    return [group for optimizer in optimizers for group in optimizer.param_groups]
+
+# %% ../../nbs/gpt/09_schedules.ipynb #cell-09
 def make_optimizers(
     network:nn.Module,  # on the device where it is trained
     settings:Settings,
     rank:int=0,
     world:int=1,
 )->list[torch.optim.Optimizer]: # AdamW, the blocks' optimiser; every group has `initial_lr`
-    "The optimisers of a network. Raises SpeedrunError where Muon is to be shared and there is no process group."
+    "The optimisers of a network. Raises `SpeedrunError` where Muon is to be shared and there is no process group."
     embedding, matrices, others = split_parameters(network)
-    adamw = torch.optim.AdamW([*embedding, *others], lr=settings.optimizer.lr, betas=BETAS, weight_decay=settings.optimizer.weight_decay, fused=True)
-    optimizers = [adamw, block_optimizer(matrices, settings.optimizer, rank, world)]
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups): group["initial_lr"] = group["lr"]
+    chosen = settings.optimizer
+    adamw = torch.optim.AdamW(
+        [*embedding, *others], lr=chosen.lr, betas=BETAS, weight_decay=chosen.weight_decay, fused=True)
+    optimizers = [adamw, block_optimizer(matrices, chosen, rank, world)]
+    for group in _all_groups(optimizers): group["initial_lr"] = group["lr"]
     return optimizers
 
-# %% ../../nbs/gpt/09_schedules.ipynb #cell-12
+# %% ../../nbs/gpt/09_schedules.ipynb #cell-20
 def learning_rate_factor(
     step:int,  # steps done
     settings:Settings,
 )->float:
     "Factor of the learning rates for the next step."
-    warmup, warmdown, total = settings.schedule.warmup_iterations, settings.schedule.warmdown_iterations, settings.train.iterations
+    warmup, warmdown = settings.schedule.warmup_iterations, settings.schedule.warmdown_iterations
+    total = settings.train.iterations
     if step < warmup: return (step + 1) / warmup
     return (total - step) / warmdown if step > total - warmdown else 1.0
 
+# %% ../../nbs/gpt/09_schedules.ipynb #cell-22
 def set_learning_rate_factor(
     optimizers:Iterable[torch.optim.Optimizer], # as made by `make_optimizers`
     factor:float,
 )->None:
     "Multiply the learning rates at the start, and AdaGO's floor where it is scheduled, by a factor."
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+    for group in _all_groups(optimizers):
         group["lr"] = group["initial_lr"] * factor
         if group.get("eps_scheduled"): group["eps"] = group["initial_eps"] * factor
 
-# %% ../../nbs/gpt/09_schedules.ipynb #cell-15
+# %% ../../nbs/gpt/09_schedules.ipynb #cell-26
 class Curriculum:
     "Sequence lengths that grow when the training loss stops falling."
     def __init__(
@@ -73,8 +87,9 @@ class Curriculum:
         schedule:Schedule,
         length:int,  # the whole length, tokens
     ):
+        shorter = schedule.curriculum_lengths if schedule.curriculum != "none" else None
         self.schedule = schedule
-        self.lengths = (*(schedule.curriculum_lengths or ()), length) if schedule.curriculum != "none" else (length,)  # all that can occur
+        self.lengths = (*(shorter or ()), length)  # all that can occur
         self.stage, self.steps, self.losses = 0, 0, []
 
     @property
@@ -82,16 +97,23 @@ class Curriculum:
         "Tokens of the next step's sequences."
         return self.lengths[self.stage]
 
+    @property
+    def finished(self)->bool:
+        "Are sequences whole from now on?"
+        return self.stage == len(self.lengths) - 1
+
     def update(
         self,
         loss:float, # of the step just made, averaged over all processes
     )->None:
         "Count a step and go on to the next length where it is time to."
-        if self.stage == len(self.lengths) - 1: return
+        if self.finished: return
         window = self.schedule.curriculum_window
         self.steps, self.losses = self.steps + 1, [*self.losses, float(loss)][-window:]
         if self.steps < self.schedule.curriculum_iterations[self.stage] or len(self.losses) < window: return
-        if (self.losses[0] - self.losses[-1]) / (window - 1) < self.schedule.curriculum_thresholds[self.stage]: self.stage, self.steps, self.losses = self.stage + 1, 0, []
+        decrease = (self.losses[0] - self.losses[-1]) / (window - 1)
+        if decrease < self.schedule.curriculum_thresholds[self.stage]:
+            self.stage, self.steps, self.losses = self.stage + 1, 0, []
 
     def state(self)->dict:
         "What `load_state` needs to go on."
@@ -101,7 +123,7 @@ class Curriculum:
         "Go on from a state."
         self.stage, self.steps, self.losses = state["stage"], state["steps"], list(state["losses"])
 
-# %% ../../nbs/gpt/09_schedules.ipynb #cell-18
+# %% ../../nbs/gpt/09_schedules.ipynb #cell-32
 class DepthWarming:
     "Stochastic depth for the upper blocks, early in training."
     def __init__(
@@ -118,7 +140,8 @@ class DepthWarming:
     )->tuple[int, float]: # the first block that may be skipped, with what probability
         "What may be skipped in the next step."
         if 3 * step < self.iterations: return self.layers // 2, 0.5
-        return (self.layers * 3 // 4, 0.25) if 3 * step < 2 * self.iterations else (self.layers, 0.0)
+        if 3 * step < 2 * self.iterations: return self.layers * 3 // 4, 0.25
+        return self.layers, 0.0
 
     def active(
         self,

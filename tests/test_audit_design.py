@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 
 from speedrun_nb.audit.conditions import table_of
-from speedrun_nb.audit.design import audit_design, drifts
+from speedrun_nb.audit.design import audit_design
+from speedrun_nb.audit.order import drifts
 from speedrun_nb.core.runs import read_runs
 from speedrun_nb.core.study import from_root, load_study, study_names
 from speedrun_nb.evidence.case import by_baseline, make_case

@@ -8,24 +8,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from speedrun_nb.audit.copies import (
-    agreements,
-    beyond_chance,
-    check_copied_runs,
-    check_inert_seed,
-    check_repeated_seed,
-    check_same_computation,
-    counted,
-)
+from speedrun_nb.audit.agreement import agreements, beyond_chance
+from speedrun_nb.audit.copies import check_copied_runs, check_same_computation
+from speedrun_nb.audit.counted import counted
+from speedrun_nb.audit.seeds import check_inert_seed, check_repeated_seed
 from speedrun_nb.audit.findings import CHECKS
-from speedrun_nb.audit.runs import (
-    RUN_CHECKS,
-    audit_runs,
-    check_missing_runs,
-    check_settings_differ,
-    check_warmup_outlier,
-)
-from speedrun_nb.audit.training import check_step_time_jump, step_times
+from speedrun_nb.audit.outliers import check_warmup_outlier
+from speedrun_nb.audit.runs import RUN_CHECKS, audit_runs, check_missing_runs
+from speedrun_nb.audit.settings import check_settings_differ
+from speedrun_nb.audit.steps import check_step_time_jump
+from speedrun_nb.importing.steps import step_times
 from speedrun_nb.core.provenance import read_provenance
 from speedrun_nb.core.runs import read_runs
 from speedrun_nb.core.study import load_study

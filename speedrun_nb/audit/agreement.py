@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from scipy import stats
-from .counted import PROOF, counted, once, qualities
 
+from .counted import PROOF, counted, once, qualities
 from ..evidence.case import Case
 
 # %% ../../nbs/audit/03_agreement.ipynb #cell-05
@@ -22,7 +22,7 @@ def beyond_chance(
     p:float,      # the probability that a pair is equal by chance
     looks:int=1,  # how many such comparisons are made
 )->bool:
-    "Most pairs are equal, and so many that chance explains it with a probability below 1e-4 in all comparisons together."
+    "Most pairs are equal, and so many that chance explains all comparisons together with a probability below 1e-4."
     most = equal >= PROOF and equal / of >= min(0.95, 0.5 + 2 * p)
     related = min(1.0, p / np.sqrt(1 - 0.8))  # of runs with one seed
     return bool(most and stats.binom.sf(equal - 1, of, related) * looks < 1e-4)
@@ -51,7 +51,12 @@ def _candidates(
     pairs = rows[["unit", *triples]].merge(rows[["unit", *triples]], on=triples)
     return pairs.loc[pairs["unit_x"] < pairs["unit_y"], ["unit_x", "unit_y"]].drop_duplicates()
 
-def _telling(table:pd.DataFrame, key:str, names:list[str])->pd.DataFrame:
+# %% ../../nbs/audit/03_agreement.ipynb #cell-12
+def _telling(
+    table:pd.DataFrame,  # of `counted`, with the columns of `_paired_by`
+    key:str,             # what runs are paired by
+    names:list[str],     # of quality metrics
+)->pd.DataFrame:
     "The runs of units with enough results that are not all the same."
     rows = table.dropna(subset=[key, names[0]]).drop_duplicates(["unit", key]).rename_axis("row").reset_index()
     values = rows.groupby("unit")[names[0]]
@@ -59,7 +64,7 @@ def _telling(table:pd.DataFrame, key:str, names:list[str])->pd.DataFrame:
     enough = values.transform("size") >= PROOF
     return rows.loc[enough & varied, ["unit", key, "row", "time_seconds", *names]]
 
-# %% ../../nbs/audit/03_agreement.ipynb #cell-11
+# %% ../../nbs/audit/03_agreement.ipynb #cell-13
 def _side_by_side(
     table:pd.DataFrame,
     key:str,          # what runs are paired by
@@ -74,7 +79,7 @@ def _side_by_side(
     equal = np.logical_and.reduce([same(name) | unknown(name) for name in names])
     return pairs.assign(equal=equal, same_time=same("time_seconds"))
 
-# %% ../../nbs/audit/03_agreement.ipynb #cell-14
+# %% ../../nbs/audit/03_agreement.ipynb #cell-16
 @dataclass(frozen=True)
 class Agreement:
     "Two batches, or two groups, whose results are equal run by run."
@@ -93,7 +98,7 @@ class Agreement:
         counts = dict(equal=self.equal, of=self.of, expected=round(self.expected, 2), same_times=self.same_times)
         return dict(batches=list(self.batches)) | counts
 
-# %% ../../nbs/audit/03_agreement.ipynb #cell-15
+# %% ../../nbs/audit/03_agreement.ipynb #cell-17
 def _number_of_pairs(
     table:pd.DataFrame,
 )->dict[bool,int]:  # within groups (True), and between them (False)
@@ -103,6 +108,7 @@ def _number_of_pairs(
     between = int(units.sum() ** 2 - (units**2).sum()) // 2
     return {True: within, False: between}
 
+# %% ../../nbs/audit/03_agreement.ipynb #cell-19
 def _agreement(
     a:pd.DataFrame, b:pd.DataFrame,  # rows of the two units
     both:pd.DataFrame,               # of `_side_by_side`
@@ -119,8 +125,13 @@ def _agreement(
     rows, same_times = equal[["row_x", "row_y"]].to_numpy(), int(equal["same_time"].sum())
     return Agreement(groups, batches, rows, of=of, expected=of * p, same_times=same_times)
 
-# %% ../../nbs/audit/03_agreement.ipynb #cell-16
-def _agreements(table:pd.DataFrame, unit:str, key:str, names:list[str])->list[Agreement]:
+# %% ../../nbs/audit/03_agreement.ipynb #cell-20
+def _agreements(
+    table:pd.DataFrame,  # of `counted`, with the columns of `_paired_by`
+    unit:str,            # what is compared: unit (a batch) or group
+    key:str,             # what runs are paired by
+    names:list[str],     # of quality metrics
+)->list[Agreement]:
     "The pairs of units (batches or groups) that agree beyond chance when their runs are paired by `key`."
     table = table.assign(unit=table[unit])
     pairs, looks = _side_by_side(table, key, names), _number_of_pairs(table)
@@ -131,13 +142,14 @@ def _agreements(table:pd.DataFrame, unit:str, key:str, names:list[str])->list[Ag
         found.append(_agreement(a, b, both, names[0], looks, whole_groups=unit == "group"))
     return [agreement for agreement in found if agreement]
 
+# %% ../../nbs/audit/03_agreement.ipynb #cell-22
 def _paired_by(table:pd.DataFrame)->pd.DataFrame:
     "With what runs are paired by: `seeded`, a number for seed and repeat; `cell`, one for seed, repeat and machine."
     seeded = table["seed"] + table["repeat"].fillna(0) * 2.0**32
     table = table.assign(seeded=seeded)
     return table.assign(cell=table.groupby(["seeded", "host_id"], dropna=False).ngroup().where(seeded.notna()))
 
-# %% ../../nbs/audit/03_agreement.ipynb #cell-17
+# %% ../../nbs/audit/03_agreement.ipynb #cell-23
 @once
 def agreements(
     case:Case,

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import pandas as pd
-from .findings import CHECKS, SEVERITIES, Check, Finding
 
+from .findings import CHECKS, SEVERITIES, Check, Finding
 from ..core.plans import SweepPlan
 from ..core.study import Study, load_study
 from ..core.variants import claim_of, plain_hashes
@@ -22,7 +22,11 @@ from ..evidence.frontier import budget_groups
 from ..evidence.groups import Group, find_group, where
 
 # %% ../../nbs/audit/18_audit.ipynb #cell-05
-_NOTEBOOKS = ("copies", "settings", "seeds", "steps", "training", "runs", "outliers", "plans", "machines", "software", "order", "sample", "results")
+_NOTEBOOKS = (
+    "copies", "claimed_settings", "seeds", "steps", "training", "runs", "outliers", "plans",
+    "machines", "software", "order", "sample",
+    "results",
+)
 
 for _name in _NOTEBOOKS: importlib.import_module(f"speedrun_nb.audit.{_name}")
 
@@ -34,6 +38,7 @@ def checks_given(
     found = [check for check in CHECKS.values() if check.given == given]
     return sorted(found, key=lambda check: places.get(check.module, len(places)))
 
+# %% ../../nbs/audit/18_audit.ipynb #cell-07
 def run_checks(
     given:str,
     subject:object,  # a case, a part of it, or a list of results
@@ -41,7 +46,7 @@ def run_checks(
     "What all checks find that look at this."
     return [finding for check in checks_given(given) for finding in check.look(subject)]
 
-# %% ../../nbs/audit/18_audit.ipynb #cell-09
+# %% ../../nbs/audit/18_audit.ipynb #cell-11
 def results_of(
     part:Case,  # a baseline and what is compared with it
     case:Case,  # the whole, which may hold the baseline at other budgets
@@ -59,6 +64,7 @@ def results_of(
         return results(baseline, group, claims[group.name], study.metrics, None, budgets, goal, related)
     return [compared(group) for group in rest]
 
+# %% ../../nbs/audit/18_audit.ipynb #cell-13
 def audit_case(case:Case)->list[Finding]:
     "Everything that is wrong with one study in one profile, the worst first."
     found = run_checks("case", case)
@@ -66,7 +72,7 @@ def audit_case(case:Case)->list[Finding]:
     found.sort(key=lambda finding: SEVERITIES.index(finding.severity))
     return [replace(finding, study=case.study.name, profile=case.profile) for finding in found]
 
-# %% ../../nbs/audit/18_audit.ipynb #cell-10
+# %% ../../nbs/audit/18_audit.ipynb #cell-14
 def audit(
     frame:pd.DataFrame,                       # of `read_runs`
     study:Study,
@@ -78,11 +84,16 @@ def audit(
     profiles = [profile] if profile else sorted(set(frame.loc[frame["study"] == study.name, "profile"])) or [None]
     return [finding for each in profiles for finding in audit_case(make_case(frame, study, each, provenances, plans))]
 
-# %% ../../nbs/audit/18_audit.ipynb #cell-19
-def audit_pair(case:Case, baseline:Group, variant:Group)->list[Finding]:
+# %% ../../nbs/audit/18_audit.ipynb #cell-23
+def audit_pair(
+    case:Case,
+    baseline:Group,
+    variant:Group,
+)->list[Finding]:
     "What is wrong with the runs of two groups of a case, compared with each other."
     return run_checks("case", case) + run_checks("part", focus(case, baseline, (baseline, variant)))
 
+# %% ../../nbs/audit/18_audit.ipynb #cell-25
 def compare(
     frame:pd.DataFrame,                       # of `read_runs`
     study:Study|str,                          # or its name
@@ -96,7 +107,7 @@ def compare(
 )->Comparison:
     "Compare two variants by name. Raises `SpeedrunError` naming what is there."
     study = load_study(study) if isinstance(study, str) else study
-    if conditions: provenances = {batch: {**p, "expected_runs": None} for batch, p in (provenances or {}).items()}  # what was filtered out is not missing
+    if conditions: provenances = {batch: {**p, "expected_runs": None} for batch, p in (provenances or {}).items()}
     case = make_case(where(frame, conditions or {}), study, profile, provenances, plans)
     hashes = plain_hashes(study, case.profile, [name.partition("@")[0] for name in (baseline, variant)])
     groups = [find_group(case.rows, name, hashes) for name in (baseline, variant)]

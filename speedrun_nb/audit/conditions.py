@@ -15,12 +15,13 @@ from collections.abc import Iterable, Iterator, Mapping
 import numpy as np
 import pandas as pd
 from scipy import stats
-from .counted import once
 
+from .counted import once
 from ..evidence.case import Case
 
 # %% ../../nbs/audit/12_conditions.ipynb #cell-05
-RECORDED = ("host_id", "clock", "device", "precision", "threads", "ranks", "package_hash", "started_at")  # in the record, or else in the batch's provenance
+# in the record, or else in the batch's provenance
+RECORDED = ("host_id", "clock", "device", "precision", "threads", "ranks", "package_hash", "started_at")
 TRACES = ("gpus", "cpu", "os")  # of a machine that has no name
 
 def mapping_or_empty(value)->Mapping: return value if isinstance(value, Mapping) else {}
@@ -32,6 +33,7 @@ def _processors(provenance:Mapping)->dict[str, str]:
     drivers = {str(gpu["driver_version"]) for gpu in gpus if gpu.get("driver_version")}
     return dict(driver=", ".join(sorted(drivers)), gpus=", ".join(f"{n} x {name}" for name, n in sorted(names.items())))
 
+# %% ../../nbs/audit/12_conditions.ipynb #cell-07
 def batch_facts(
     provenance:Mapping,  # provenance.json of a batch; anything in it may be absent
 )->dict:                 # what is known: name -> value
@@ -43,10 +45,10 @@ def batch_facts(
     facts |= {f"data file {name}": digest for name, digest in data.items()}
     return {name: value for name, value in facts.items() if value not in (None, "")}
 
-# %% ../../nbs/audit/12_conditions.ipynb #cell-08
+# %% ../../nbs/audit/12_conditions.ipynb #cell-10
 def _positions(
     rows:pd.DataFrame,  # runs of one place, none of which has a time
-)->tuple[pd.Series, bool]:  # a number that grows with time, NaN where nothing is known of it; is the order of batches a guess?
+)->tuple[pd.Series, bool]:  # a number that grows with time, NaN where unknown; is the order of batches a guess?
     "When runs were made, from what else is known."
     order = rows["order"]
     if order.notna().all() and not order.duplicated().any(): return order, False
@@ -59,8 +61,11 @@ def _seconds(started_at:pd.Series)->pd.Series:
     moments = pd.to_datetime(started_at, utc=True, format="ISO8601", errors="coerce")
     return (moments - pd.Timestamp(0, tz="UTC")).dt.total_seconds()
 
-# %% ../../nbs/audit/12_conditions.ipynb #cell-10
-def _place(host, *traces)->str:
+# %% ../../nbs/audit/12_conditions.ipynb #cell-12
+def _place(
+    host,
+    *traces,
+)->str:
     "The name of a machine, or else its traces."
     return host if isinstance(host, str) else ", ".join(trace for trace in traces if isinstance(trace, str))
 
@@ -69,6 +74,7 @@ def _as_text(value)->str|None:
     if pd.isna(value): return None
     return f"{value:g}" if isinstance(value, (int, float)) else str(value)
 
+# %% ../../nbs/audit/12_conditions.ipynb #cell-14
 def _words(values:pd.Series)->pd.Series:
     "Values as text."
     return values.map({value: _as_text(value) for value in values.unique()}).astype(object)
@@ -77,7 +83,7 @@ def _finite(values:pd.Series)->pd.Series:
     "float64, NaN for whatever is no finite number."
     return pd.to_numeric(values, errors="coerce").astype(float).replace([math.inf, -math.inf], math.nan)
 
-# %% ../../nbs/audit/12_conditions.ipynb #cell-12
+# %% ../../nbs/audit/12_conditions.ipynb #cell-16
 def _recorded(case:Case)->pd.DataFrame:
     "What the records say, group after group."
     columns = ["run_id", "variant", "batch", "order", *RECORDED, "compiled", *case.study.metrics]
@@ -86,7 +92,11 @@ def _recorded(case:Case)->pd.DataFrame:
     compiled = [mapping_or_empty(each).get("how") for each in table.pop("compiled")]  # none, model or blocks
     return table.assign(compilation=pd.Series(compiled, table.index, dtype=object))
 
-def _with_facts(case:Case, table:pd.DataFrame)->pd.DataFrame:
+# %% ../../nbs/audit/12_conditions.ipynb #cell-18
+def _with_facts(
+    case:Case,
+    table:pd.DataFrame,  # of `_recorded`
+)->pd.DataFrame:
     "The records, completed by what their batches know; all as text."
     batches = list(zip(table["variant"], table["batch"], strict=True))
     facts = {batch: batch_facts(mapping_or_empty(case.provenance(*batch))) for batch in set(batches)}
@@ -96,7 +106,7 @@ def _with_facts(case:Case, table:pd.DataFrame)->pd.DataFrame:
         table[name] = _words(table.get(name, nothing).combine_first(known.get(name, nothing)))
     return table
 
-# %% ../../nbs/audit/12_conditions.ipynb #cell-13
+# %% ../../nbs/audit/12_conditions.ipynb #cell-19
 @once
 def table_of(
     case:Case,
@@ -112,7 +122,7 @@ def table_of(
         if rows["when"].isna().all(): table.loc[rows.index, "when"], table.loc[rows.index, "guessed"] = _positions(rows)
     return table.sort_values(["when", "order"], kind="stable", ignore_index=True)
 
-# %% ../../nbs/audit/12_conditions.ipynb #cell-17
+# %% ../../nbs/audit/12_conditions.ipynb #cell-23
 def by_group(table:pd.DataFrame)->dict[str, pd.DataFrame]:
     "The runs of each group, in the order in which they were made."
     return dict(list(table.groupby("group", sort=True)))
@@ -127,13 +137,14 @@ def beside_baseline(
     if base is None: return
     for rows in groups.values(): yield base, rows
 
+# %% ../../nbs/audit/12_conditions.ipynb #cell-25
 def name_of(rows:pd.DataFrame)->str: return rows["group"].iloc[0]
 
 def known(column:pd.Series)->set[str]:
     "The words that were recorded."
     return {word for word in column.unique() if isinstance(word, str)}
 
-# %% ../../nbs/audit/12_conditions.ipynb #cell-18
+# %% ../../nbs/audit/12_conditions.ipynb #cell-26
 def brief(word:str)->str:
     "A long hash cut short, and what is the same in the names of most kernels left out."
     is_hash = re.fullmatch(r"[0-9a-f]{12,}", word)
@@ -143,11 +154,12 @@ def on_groups(
     tables:Iterable[pd.DataFrame],  # the runs of each group concerned
     only:pd.DataFrame|None=None,    # the runs concerned; all of these by default
 )->dict:
-    "`groups` and `runs` of a finding. A serious one names a group or a pair, so that it holds against this comparison and no other."
+    "`groups` and `runs` of a finding."
     tables = list(tables)
     runs = pd.concat([rows["run_id"] for rows in (tables if only is None else [only])])
     return dict(groups=[name_of(rows) for rows in tables], runs=runs)
 
+# %% ../../nbs/audit/12_conditions.ipynb #cell-28
 def differ(
     values:pd.Series,
     labels:pd.Series,  # what they are grouped by

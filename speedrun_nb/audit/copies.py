@@ -13,10 +13,10 @@ import pandas as pd
 from scipy import stats
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
+
 from .agreement import Agreement, agreements
 from .counted import counted, label_of, qualities
 from .findings import Finding, check, find
-
 from ..core.settings import schema_fields
 from ..core.words import listed
 from ..evidence.case import Case
@@ -35,7 +35,11 @@ def _coincidences(times:np.ndarray)->float:
     density = 1 / (2 * np.sqrt(np.pi) * sd)  # of the difference of two draws, at zero
     return n * (n - 1) / 2 * _written_in_steps_of(times) * density
 
-def _repeated_rows(runs:pd.DataFrame, names:list[str])->np.ndarray:
+# %% ../../nbs/audit/04_copies.ipynb #cell-07
+def _repeated_rows(
+    runs:pd.DataFrame,  # of one group
+    names:list[str],    # of quality metrics
+)->np.ndarray:
     "Which runs of a group repeat both the time and the results of an earlier one; none where chance explains it."
     times = runs["time_seconds"].to_numpy()
     known = np.isfinite(times)
@@ -43,7 +47,7 @@ def _repeated_rows(runs:pd.DataFrame, names:list[str])->np.ndarray:
     by_chance = stats.poisson.sf(again.sum() - 1, _coincidences(times[known]))
     return again & bool(by_chance < 1e-6)
 
-# %% ../../nbs/audit/04_copies.ipynb #cell-07
+# %% ../../nbs/audit/04_copies.ipynb #cell-09
 def _copies(
     table:pd.DataFrame,      # of `counted`
     inside:list[Agreement],  # within groups
@@ -64,18 +68,29 @@ def _copies(
         if agreement.same_times > agreement.equal / 2: found.loc[copies, "whole"] = True
     return found
 
-# %% ../../nbs/audit/04_copies.ipynb #cell-08
+# %% ../../nbs/audit/04_copies.ipynb #cell-10
 _LARGE = 0.05  # a smaller share of copies changes no conclusion
 
-def _how_copied(case:Case, inside:list[Agreement], proved:bool)->str:
+def _how_copied(
+    case:Case,
+    inside:list[Agreement],  # agreements within the group
+    proved:bool,             # are some runs proved to be the same?
+)->str:
     "What shows that the runs of a group are copies."
     if not inside: return ": the computation was the same to the last bit" if proved else " to the last digit"
     best = max(inside, key=lambda agreement: agreement.equal)
     first, second = best.batches
     metric = label_of(case, qualities(case)[0])
-    return f": batches {first} and {second} hold the same {metric} in {best.equal} of {best.of} runs, where chance gives {best.expected:.1f}"
+    equal = f"{best.equal} of {best.of} runs, where chance gives {best.expected:.1f}"
+    return f": batches {first} and {second} hold the same {metric} in {equal}"
 
-def _copied(case:Case, number:int, copies:pd.DataFrame, inside:list[Agreement])->Finding:
+# %% ../../nbs/audit/04_copies.ipynb #cell-12
+def _copied(
+    case:Case,
+    number:int,              # of the group
+    copies:pd.DataFrame,     # its runs that are copies, see `_copies`
+    inside:list[Agreement],  # agreements within the group
+)->Finding:
     "The finding on one group, of which these runs are copies."
     n, of, whole = len(copies), len(case.groups[number].runs), int(copies["whole"].sum())
     name, records = case.groups[number].name, whole > n / 2
@@ -91,7 +106,7 @@ def _copied(case:Case, number:int, copies:pd.DataFrame, inside:list[Agreement])-
         metric=None if records else next(iter(qualities(case)), None),
     )
 
-# %% ../../nbs/audit/04_copies.ipynb #cell-09
+# %% ../../nbs/audit/04_copies.ipynb #cell-13
 @check("copied-runs", "runs that claim to be replications of each other hold the same results")
 def check_copied_runs(case:Case)->Iterator[Finding]:
     "Runs of one group that repeat the results of others; serious where they are more than 5 % of it."
@@ -102,7 +117,7 @@ def check_copied_runs(case:Case)->Iterator[Finding]:
     for number, mine in copies.groupby(table["group"][copies.index]):
         yield _copied(case, number, mine, [agreement for agreement in inside if agreement.groups[0] == number])
 
-# %% ../../nbs/audit/04_copies.ipynb #cell-14
+# %% ../../nbs/audit/04_copies.ipynb #cell-18
 def differ_in_how_only(
     case:Case,
     one:Mapping|None, other:Mapping|None,  # settings by dotted name
@@ -114,7 +129,7 @@ def differ_in_how_only(
     changed = {name for name in {*one, *other} if one.get(name) != other.get(name)}
     return bool(changed) and changed <= how
 
-# %% ../../nbs/audit/04_copies.ipynb #cell-15
+# %% ../../nbs/audit/04_copies.ipynb #cell-19
 def _shared(
     table:pd.DataFrame,
 )->dict:  # (group, group) -> (n, 2) rows
@@ -124,8 +139,9 @@ def _shared(
     pairs = pairs[pairs["group_x"] < pairs["group_y"]]
     return {groups: rows[["index_x", "index_y"]].to_numpy() for groups, rows in pairs.groupby(["group_x", "group_y"])}
 
+# %% ../../nbs/audit/04_copies.ipynb #cell-21
 def _between_groups(case:Case)->Iterator[tuple[tuple[int,int], np.ndarray, float]]:
-    "Agreements between groups, the lower number first: groups, rows, how many chance gives. Whole groups replace their batches."
+    "Agreements between groups, the lower number first: groups, rows, how many chance gives."
     found = agreements(case)
     whole = {tuple(sorted(agreement.groups)) for agreement in found if not agreement.batches}
     for agreement in found:
@@ -133,16 +149,17 @@ def _between_groups(case:Case)->Iterator[tuple[tuple[int,int], np.ndarray, float
         if groups[0] == groups[1] or (groups in whole and agreement.batches): continue
         yield groups, agreement.rows if groups == agreement.groups else agreement.rows[:, ::-1], agreement.expected
 
+# %% ../../nbs/audit/04_copies.ipynb #cell-23
 def _equal_groups(case:Case)->tuple[dict, dict]:
     "For pairs of groups that agree: their equal rows, and the number that chance gives."
     rows, expected = _shared(counted(case)), {}
     for groups, both, by_chance in _between_groups(case):
         rows[groups] = np.concatenate([rows[groups], both]) if groups in rows else both
         expected[groups] = expected.get(groups, 0.0) + by_chance
-    configs = [group.config for group in case.groups]
-    return {(i, j): both for (i, j), both in rows.items() if not differ_in_how_only(case, configs[i], configs[j])}, expected
+    def is_finding(i, j): return not differ_in_how_only(case, case.groups[i].config, case.groups[j].config)
+    return {pair: both for pair, both in rows.items() if is_finding(*pair)}, expected
 
-# %% ../../nbs/audit/04_copies.ipynb #cell-16
+# %% ../../nbs/audit/04_copies.ipynb #cell-24
 def _connected(
     pairs:list[tuple[int,int]],
     n:int,                       # how many groups there are
@@ -153,7 +170,12 @@ def _connected(
     component = connected_components(graph, directed=False)[1]
     return [[pair for pair in pairs if component[pair[0]] == each] for each in sorted(set(component[left]))]
 
-def _same(case:Case, rows:dict, expected:dict)->Finding:
+# %% ../../nbs/audit/04_copies.ipynb #cell-26
+def _same(
+    case:Case,
+    rows:dict,      # (group, group) -> their equal rows
+    expected:dict,  # (group, group) -> how many equal ones chance gives
+)->Finding:
     "The finding on groups that hang together: their equal rows by pair, and what chance gives."
     agree = {pair: min(len(set(both[:, 0])), len(set(both[:, 1]))) for pair, both in rows.items()}
     of = {pair: min(len(case.groups[number].runs) for number in pair) for pair in rows}
@@ -173,7 +195,7 @@ def _same(case:Case, rows:dict, expected:dict)->Finding:
         figures=dict(pairs=[dict(groups=[named[i], named[j]], equal=agree[i, j], of=of[i, j]) for i, j in rows]),
     )
 
-# %% ../../nbs/audit/04_copies.ipynb #cell-17
+# %% ../../nbs/audit/04_copies.ipynb #cell-27
 @check("same-computation", "a variant computes what another does")
 def check_same_computation(case:Case)->Iterator[Finding]:
     "Groups whose results are equal run by run; serious where they are in half of the runs or more."

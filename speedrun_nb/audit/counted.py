@@ -41,7 +41,9 @@ def column(
     name:str,      # of a field or metric
 )->np.ndarray:     # of objects; None where a group lacks the field
     "One field of all counted runs, group after group."
-    parts = [g.runs[name].to_numpy(object) if name in g.runs else np.full(len(g.runs), None, object) for g in case.groups]
+    parts = []
+    for runs in (group.runs for group in case.groups):
+        parts.append(runs[name].to_numpy(object) if name in runs else np.full(len(runs), None, object))
     return np.concatenate(parts) if parts else np.empty(0, object)
 
 def numbers(values:np.ndarray)->np.ndarray:
@@ -58,13 +60,16 @@ def qualities(case:Case)->list[str]:
     used = [name for name in known if any(g.values(name).notna().any() for g in case.groups)]
     return sorted(used, key=lambda name: target is None or name != target.metric)
 
-def label_of(case:Case, name:str)->str:
+def label_of(
+    case:Case,
+    name:str,   # of the metric
+)->str:
     "What a metric is called in sentences."
     return case.study.metrics[name].label if name in case.study.metrics else name
 
 # %% ../../nbs/audit/02_counted.ipynb #cell-13
 PROOF = 5  # so many different values in a curve, or equal results in a row, can prove something
-_COSTS = ("epoch", "step", "step_ms", "time_seconds", "tokens", "tokens_per_second")  # parts of a curve that are no result
+_COSTS = ("epoch", "step", "step_ms", "time_seconds", "tokens", "tokens_per_second")  # are no results
 
 def _different(series:tuple)->int:
     "How many different numbers there are; none in lists within lists, which are no curve that we know."
@@ -75,7 +80,8 @@ def _series(curve)->tuple:
     "The results in a curve, without what they cost; empty where too little is in it to prove anything."
     if not isinstance(curve, Mapping): return ()
     results = {name: values for name, values in curve.items() if name not in _COSTS}
-    series = tuple(tuple(results[name]) for name in sorted(results) if isinstance(results[name], (list, tuple, np.ndarray)))
+    lists = [results[name] for name in sorted(results) if isinstance(results[name], (list, tuple, np.ndarray))]
+    series = tuple(tuple(values) for values in lists)
     return series if _different(series) >= PROOF else ()
 
 # %% ../../nbs/audit/02_counted.ipynb #cell-14
@@ -90,7 +96,10 @@ def identity(
     return hash((series, results)) if series else None
 
 # %% ../../nbs/audit/02_counted.ipynb #cell-17
-def _identities(case:Case, results:pd.DataFrame)->list:
+def _identities(
+    case:Case,
+    results:pd.DataFrame,  # quality metrics of all counted runs
+)->list:
     "The identity of each run."
     final = [tuple(None if np.isnan(value) else value for value in row) for row in results.to_numpy(float)]
     return [identity(*parts) for parts in zip(column(case, "fingerprint"), column(case, "curve"), final, strict=True)]
@@ -106,7 +115,7 @@ def _ordered(table:pd.DataFrame)->pd.DataFrame:
 @once
 def counted(
     case:Case,
-)->pd.DataFrame:  # group (its number), run_id, seed, repeat, batch, host_id, order, time_seconds, quality metrics, identity, unit, position
+)->pd.DataFrame:  # group (its number), unit, position, identity; fields of the records; quality metrics
     "The runs that count, in one table; not to be changed."
     names = qualities(case)
     table = pd.DataFrame({name: column(case, name) for name in ("run_id", "batch", "host_id", "started_at")})

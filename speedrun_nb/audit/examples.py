@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 import pandas as pd
-from .findings import Finding
 
+from .findings import Finding
 from ..core.study import load_study
 from ..evidence.case import Case, make_case
 
@@ -22,6 +22,7 @@ def _times(after:Iterable)->list[str]:
     "Moments, some seconds after the start of the year."
     return [str(_START + pd.Timedelta(seconds=int(seconds))) for seconds in after]
 
+# %% ../../nbs/audit/01_examples.ipynb #cell-07
 def runs_of(
     variant:str="baseline",
     n:int=20,          # how many, one a seed
@@ -49,13 +50,19 @@ def runs_of(
     ))
     return rows.assign(config=[{"data.split": "validation"}] * n).assign(**columns)
 
-# %% ../../nbs/audit/01_examples.ipynb #cell-08
-def _in_turns(rng, variants:Iterable[str], blocks:int, size:int)->pd.DataFrame:
+# %% ../../nbs/audit/01_examples.ipynb #cell-10
+def _in_turns(
+    rng,                     # numpy's generator
+    variants:Iterable[str],
+    blocks:int,
+    size:int,                # runs of a variant in a block
+)->pd.DataFrame:
     "Who runs when: block, variant and seed, in the order of running."
     turns = [(block, str(variant)) for block in range(blocks) for variant in rng.permutation(variants)]
     rows = [(block, variant, block * size + i) for block, variant in turns for i in range(size)]
     return pd.DataFrame(rows, columns=["block", "variant", "seed"]).assign(order=range(len(rows)))
 
+# %% ../../nbs/audit/01_examples.ipynb #cell-12
 def runs_in_blocks(
     seed:int=0,              # of the noise
     variants:Iterable[str]=("baseline", "det_crop"),
@@ -69,7 +76,8 @@ def runs_in_blocks(
 )->pd.DataFrame:
     "Records of a whole study."
     rng = np.random.default_rng(seed)
-    parts = [_in_turns(rng, variants, blocks, size).assign(host_id=host, repeat=number) for number, host in enumerate(hosts)]
+    parts = [_in_turns(rng, variants, blocks, size) for _ in hosts]
+    for number, host in enumerate(hosts): parts[number] = parts[number].assign(host_id=host, repeat=number)
     frame = pd.concat(parts, ignore_index=True)
     change = effect * (frame["variant"] != "baseline") + drift * frame["block"] / blocks
     frame["time_seconds"] = 4.4 * (1 + 0.3 * frame["repeat"]) * (1 + change + noise * rng.normal(size=len(frame)))
@@ -82,7 +90,7 @@ def runs_in_blocks(
     recorded = dict(device="cuda", precision="fp16", threads=4, package_hash="0a1b2c", clock="airbench")
     return frame.assign(study="cifar", profile="simulated", status="completed", **recorded).assign(**columns)
 
-# %% ../../nbs/audit/01_examples.ipynb #cell-11
+# %% ../../nbs/audit/01_examples.ipynb #cell-15
 def case_of(
     *frames:pd.DataFrame,
     study:str="cifar",
@@ -97,6 +105,7 @@ def case_of(
     found = {f"{study}/{profile}/{variant}/{batch}": of(variant, batch) for variant, batch in batches}
     return make_case(frame, load_study(study), provenances={batch: p for batch, p in found.items() if p})
 
+# %% ../../nbs/audit/01_examples.ipynb #cell-17
 def print_findings(findings:Iterable[Finding])->None:
     "What was found, to read."
     for f in findings: print(f"{f.severity} {f.id}: {f.message}\n  {f.remedy}")

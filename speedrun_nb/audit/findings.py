@@ -38,7 +38,7 @@ class Finding:
     def __post_init__(self): one_of(self.severity, SEVERITIES, "severity")
 
     def concerns(self, names:Iterable[str])->bool:
-        "Is a comparison of these two groups concerned? A finding about one group concerns all its comparisons; one about several, those between them."
+        "Does it concern a comparison of these two groups?"
         named = set(self.groups)
         return not named or len(named & set(names)) == min(2, len(named))
 
@@ -103,7 +103,8 @@ def check(
         @wraps(function)
         def look(given)->list[Finding]: return [replace(finding, id=id) for finding in function(given)]
         if id in CHECKS and CHECKS[id].look.__name__ != look.__name__:
-            raise ValueError(f'"{id}" is the id of {CHECKS[id].look.__name__} already; choose another for {look.__name__}')
+            other = CHECKS[id].look.__name__
+            raise ValueError(f'"{id}" is the id of another check, {other}; choose one for {look.__name__}')
         CHECKS[id] = Check(id, meaning, given, weighed, look)
         return look
     return register
@@ -119,6 +120,7 @@ def origins(
     found = {batch: case.provenance(group.variant, batch) for batch in batches}
     return {batch: provenance for batch, provenance in found.items() if provenance}
 
+# %% ../../nbs/audit/00_findings.ipynb #cell-17
 def concerned(
     case:Case,
     names:Iterable[str],     # of groups

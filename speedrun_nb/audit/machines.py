@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
+
 from speedrun_nb.audit.conditions import (
     TRACES,
     beside_baseline,
@@ -22,21 +23,24 @@ from speedrun_nb.audit.conditions import (
     table_of,
 )
 from .findings import Finding, check, find
-
 from ..core.words import listed, percent
 from ..evidence.case import Case
 
 # %% ../../nbs/audit/13_machines.ipynb #cell-05
-GAP, SPREADS = 0.05, 8  # batches of one machine do not differ by so much: of the time, and in standard deviations within batches
+GAP, SPREADS = 0.05, 8  # batches of one machine differ by less: of the time; in standard deviations within batches
 _FEWEST = 3             # runs on either side of a gap, and in a batch that tells of spread
 
-def _spread_within(times:pd.DataFrame, batches:pd.DataFrame)->float|None:
+def _spread_within(
+    times:pd.DataFrame,    # runs with a time and a batch
+    batches:pd.DataFrame,  # median and size of each batch
+)->float|None:
     "The robust standard deviation within batches; None where all are too small."
     away = (times["time_seconds"] - times["batch"].map(batches["median"])).abs()
     away = away[times["batch"].map(batches["size"]) >= _FEWEST]
     if away.empty: return None
     return 1.4826 * np.median(away[away > 0]) if away.any() else 0.0
 
+# %% ../../nbs/audit/13_machines.ipynb #cell-07
 def speeds(
     rows:pd.DataFrame,  # runs of one group
 )->pd.Series:           # 0, 1, ... by run, slower with each; all 0 where there is no gap
@@ -51,25 +55,38 @@ def speeds(
     classes = pd.Series(np.append(0, (far & enough).cumsum()), batches.index)
     return rows["batch"].map(classes).fillna(0).astype(int)
 
-# %% ../../nbs/audit/13_machines.ipynb #cell-09
+# %% ../../nbs/audit/13_machines.ipynb #cell-11
 NAME_THEM = "Name the machines when importing, with --host or a map (--map), so that runs are compared within each."
 _SURE = 0.001  # p below which values do differ
 
-def _bears_on(case:Case, rows:pd.DataFrame, labels:pd.Series)->str|None:
+def _bears_on(
+    case:Case,
+    rows:pd.DataFrame,  # of one group
+    labels:pd.Series,   # of suspected machines
+)->str|None:
     "Time alone, unless quality differs too."
     qualities = [name for name, metric in case.study.metrics.items() if metric.quality]
     p = [differ(rows[name], labels) for name in qualities]
     return None if any(each is not None and each < _SURE / len(qualities) for each in p) else "time_seconds"
 
+# %% ../../nbs/audit/13_machines.ipynb #cell-13
 def _traces(rows:pd.DataFrame)->dict[str, list[str]]:
     "Traces that tell machines apart: processors, kernels."
     found = {trace: sorted(known(rows[trace])) for trace in TRACES}
     return {trace: values for trace, values in found.items() if len(values) > 1}
 
-def _looks_like_several(case:Case, rows:pd.DataFrame, traces:dict, times:pd.DataFrame, apart:bool)->str:
+# %% ../../nbs/audit/13_machines.ipynb #cell-15
+def _looks_like_several(
+    case:Case,
+    rows:pd.DataFrame,   # of one group
+    traces:dict,         # trace -> values
+    times:pd.DataFrame,  # median and count of each class
+    apart:bool,          # are there classes far apart?
+)->str:
     "What runs that do not name their machine look like; `times`: median and count of each class."
     text = f"The {len(rows)} runs of {name_of(rows)} do not say on which machine they were made, and look like several:"
-    if traces: text += f" their logs name {listed(('; '.join(map(brief, values)) for values in traces.values()), most=4)};"
+    named = listed(("; ".join(map(brief, values)) for values in traces.values()), most=4)
+    if traces: text += f" their logs name {named};"
     show, medians = case.study.metrics["time_seconds"].show, times["median"]
     shown = [f"{show(median)} ({n} runs)" for median, n in zip(medians, times["count"], strict=True) if n]
     if len(shown) > 1:
@@ -77,8 +94,11 @@ def _looks_like_several(case:Case, rows:pd.DataFrame, traces:dict, times:pd.Data
         if apart and medians.min() > 0: text += f", {percent(medians.max() / medians.min() - 1)} apart"
     return text.rstrip(";") + "."
 
-# %% ../../nbs/audit/13_machines.ipynb #cell-10
-def _unnamed(case:Case, rows:pd.DataFrame)->Iterator[Finding]:
+# %% ../../nbs/audit/13_machines.ipynb #cell-16
+def _unnamed(
+    case:Case,
+    rows:pd.DataFrame,  # of one group
+)->Iterator[Finding]:
     "Runs of one group look as if they came from several machines, and nobody says from which."
     rows = rows[rows["host_id"].isna()]
     if rows.empty: return
@@ -97,16 +117,20 @@ def _unnamed(case:Case, rows:pd.DataFrame)->Iterator[Finding]:
         **on_groups([rows]),
     )
 
-# %% ../../nbs/audit/13_machines.ipynb #cell-14
+# %% ../../nbs/audit/13_machines.ipynb #cell-20
 def _sides(
     base:pd.DataFrame, rows:pd.DataFrame,
-)->Iterator[tuple[str|None, pd.DataFrame, pd.DataFrame]]:  # name of a machine that both have (None without names), runs of either side on it
+)->Iterator[tuple[str|None, pd.DataFrame, pd.DataFrame]]:  # name of the machine, runs of either side on it
     "Runs that should come from one machine."
     shared = known(base["host_id"]) & known(rows["host_id"])
     for host in sorted(shared): yield host, base[base["host_id"] == host], rows[rows["host_id"] == host]
     if not known(base["host_id"]) or not known(rows["host_id"]): yield None, base, rows
 
-def _by_traces(base:pd.DataFrame, rows:pd.DataFrame)->Finding|None:
+# %% ../../nbs/audit/13_machines.ipynb #cell-22
+def _by_traces(
+    base:pd.DataFrame,  # of the baseline
+    rows:pd.DataFrame,  # of a variant
+)->Finding|None:
     "Baseline and variant have nothing in common in what their machines left, though no name or the same name says so."
     for host, b, v in _sides(base, rows):
         for trace in TRACES if host is None else ("gpus",):
@@ -115,7 +139,8 @@ def _by_traces(base:pd.DataFrame, rows:pd.DataFrame)->Finding|None:
             which = f"said to be made on {host}" if host else "that do not name their machine"
             return find(
                 severity="serious",
-                message=f"Runs {which} come from different ones: {name_of(base)} from {listed(map(brief, there), most=4)}, "
+                message=f"Runs {which} come from different ones: "
+                        f"{name_of(base)} from {listed(map(brief, there), most=4)}, "
                         f"{name_of(rows)} from {listed(map(brief, here), most=4)}.",
                 remedy=NAME_THEM,
                 figures=dict(baseline=there, variant=here),
@@ -124,8 +149,11 @@ def _by_traces(base:pd.DataFrame, rows:pd.DataFrame)->Finding|None:
             )
     return None
 
-# %% ../../nbs/audit/13_machines.ipynb #cell-15
-def _one_side_named(base:pd.DataFrame, rows:pd.DataFrame)->Finding|None:
+# %% ../../nbs/audit/13_machines.ipynb #cell-23
+def _one_side_named(
+    base:pd.DataFrame,  # of the baseline
+    rows:pd.DataFrame,  # of a variant
+)->Finding|None:
     "Only one side says on which machines it was made."
     there, here = known(base["host_id"]), known(rows["host_id"])
     if bool(there) == bool(here): return None
@@ -133,18 +161,23 @@ def _one_side_named(base:pd.DataFrame, rows:pd.DataFrame)->Finding|None:
     hosts = sorted(there | here)
     return find(
         severity="serious" if len(hosts) > 1 else "warning",
-        message=f"Runs of {name_of(named)} were made on {listed(hosts, most=4)}; those of {name_of(unnamed)} do not say where.",
+        message=f"Runs of {name_of(named)} were made on {listed(hosts, most=4)}; "
+                f"those of {name_of(unnamed)} do not say where.",
         remedy=NAME_THEM,
         figures=dict(hosts=hosts),
         metric="time_seconds",
         **on_groups([base, rows], only=unnamed),
     )
 
-def _machines_apart(base:pd.DataFrame, rows:pd.DataFrame)->Finding|None:
+# %% ../../nbs/audit/13_machines.ipynb #cell-25
+def _machines_apart(
+    base:pd.DataFrame,  # of the baseline
+    rows:pd.DataFrame,  # of a variant
+)->Finding|None:
     "The machines of the baseline and of the variant are different ones, or may be."
     return _by_traces(base, rows) or _one_side_named(base, rows)
 
-# %% ../../nbs/audit/13_machines.ipynb #cell-17
+# %% ../../nbs/audit/13_machines.ipynb #cell-27
 def _one_name_for_several(rows:pd.DataFrame)->Finding|None:
     "Runs of one group that are said to come from one machine had different processors."
     found = {host: sorted(known(mine["gpus"])) for host, mine in rows.groupby("host_id")}
@@ -160,6 +193,7 @@ def _one_name_for_several(rows:pd.DataFrame)->Finding|None:
         **on_groups([rows]),
     )
 
+# %% ../../nbs/audit/13_machines.ipynb #cell-29
 def _several_named(tables:list[pd.DataFrame])->Finding|None:
     "Runs of several machines, all named."
     several = [rows for rows in tables if rows["host_id"].nunique() > 1]
@@ -167,7 +201,8 @@ def _several_named(tables:list[pd.DataFrame])->Finding|None:
     hosts = sorted(set().union(*(known(rows["host_id"]) for rows in several)))
     return find(
         severity="note",
-        message=f"Runs of {listed(map(name_of, several), most=4)} come from {len(hosts)} machines ({listed(hosts, most=4)}). "
+        message=f"Runs of {listed(map(name_of, several), most=4)} come from {len(hosts)} machines "
+                f"({listed(hosts, most=4)}). "
                 "Differences are estimated within each machine and combined.",
         remedy="Nothing, as long as every variant and the baseline run on each machine.",
         figures=dict(hosts=hosts),
@@ -175,6 +210,7 @@ def _several_named(tables:list[pd.DataFrame])->Finding|None:
         **on_groups(several),
     )
 
+# %% ../../nbs/audit/13_machines.ipynb #cell-31
 def _partly_named(tables:list[pd.DataFrame])->Finding|None:
     "Groups of which some runs name their machine and some do not."
     partly = [rows for rows in tables if rows["host_id"].isna().any() and rows["host_id"].notna().any()]
@@ -182,14 +218,15 @@ def _partly_named(tables:list[pd.DataFrame])->Finding|None:
     missing = sum(int(rows["host_id"].isna().sum()) for rows in partly)
     return find(
         severity="warning",
-        message=f"{missing} runs of {listed(map(name_of, partly), most=4)} do not say on which machine they were made; others do.",
+        message=f"{missing} runs of {listed(map(name_of, partly), most=4)} do not say "
+                "on which machine they were made; others do.",
         remedy=NAME_THEM,
         figures=dict(unnamed=missing),
         metric="time_seconds",
         **on_groups(partly),
     )
 
-# %% ../../nbs/audit/13_machines.ipynb #cell-18
+# %% ../../nbs/audit/13_machines.ipynb #cell-32
 @check("mixed-hosts", "runs of different machines are in one sample", given="part")
 def check_mixed_hosts(case:Case)->list[Finding]:
     "Serious where machines without names must be several; a note where they are named."
@@ -201,8 +238,11 @@ def check_mixed_hosts(case:Case)->list[Finding]:
     found += [_several_named(tables), _partly_named(tables)]
     return [finding for finding in found if finding]
 
-# %% ../../nbs/audit/13_machines.ipynb #cell-22
-def _orphans(base:pd.DataFrame, rows:pd.DataFrame)->Finding|None:
+# %% ../../nbs/audit/13_machines.ipynb #cell-36
+def _orphans(
+    base:pd.DataFrame,  # of the baseline
+    rows:pd.DataFrame,  # of a variant
+)->Finding|None:
     "Runs of a variant on machines where the baseline never ran."
     there = sorted(known(base["host_id"]))
     alone = sorted(known(rows["host_id"]) - set(there))
@@ -211,13 +251,15 @@ def _orphans(base:pd.DataFrame, rows:pd.DataFrame)->Finding|None:
     return find(
         severity="serious",
         message=f"{len(orphans)} of {len(rows)} runs of {name_of(rows)} were made on {listed(alone, most=4)}, where "
-                f"{baseline} never ran; its runs are from {listed(there, most=4)}. Their difference is one of machines as much as of variants.",
+                f"{baseline} never ran; its runs are from {listed(there, most=4)}. "
+                "Their difference is one of machines as much as of variants.",
         remedy=f"Run {baseline} on {listed(alone, most=4)} too, in turns with the variant, or leave these runs out.",
         figures=dict(hosts=alone, baseline_hosts=there, runs_without=len(orphans)),
         metric="time_seconds",
         **on_groups([base, rows], only=orphans),
     )
 
+# %% ../../nbs/audit/13_machines.ipynb #cell-38
 @check("no-baseline-on-host", "a machine has runs of the variant but none of the baseline", given="part")
 def check_no_baseline_on_host(case:Case)->list[Finding]:
     "A machine has runs of a variant but none of the baseline, which ran on others; always serious."

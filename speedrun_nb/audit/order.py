@@ -13,10 +13,10 @@ from collections.abc import Iterator
 import numpy as np
 import pandas as pd
 from scipy import stats
+
 from .conditions import beside_baseline, brief, known, name_of, on_groups, table_of
 from .findings import SEVERITIES, Finding, check, find
 from .machines import speeds
-
 from ..core.words import listed, percent, rough_amount
 from ..evidence.case import Case
 from ..stats.family import holm
@@ -31,12 +31,17 @@ def chance_later(
     earlier, not_later = np.searchsorted(base, rows, "left"), np.searchsorted(base, rows, "right")
     return float((earlier + not_later).mean() / 2 / len(base))
 
-def stretches(base:np.ndarray, rows:np.ndarray)->int:
+# %% ../../nbs/audit/15_order.ipynb #cell-07
+def stretches(
+    base:np.ndarray,  # when runs of the baseline were made
+    rows:np.ndarray,  # when runs of the variant were made
+)->int:
     "In how many stretches the two sides alternate."
     order = np.argsort(np.concatenate([base, rows]), kind="stable")
     is_variant = order >= len(base)
     return int((is_variant[1:] != is_variant[:-1]).sum()) + 1
 
+# %% ../../nbs/audit/15_order.ipynb #cell-09
 def in_turns(
     base:pd.DataFrame,
     rows:pd.DataFrame,
@@ -52,20 +57,25 @@ def in_turns(
         found[place] = (not (apart > 0.9 or apart > 0.8 and number <= 3), None if guessed else later, number)
     return found
 
-# %% ../../nbs/audit/15_order.ipynb #cell-08
+# %% ../../nbs/audit/15_order.ipynb #cell-12
 def _at(place:str)->str:
     "A machine in a sentence; one without a name by its traces."
     return f" on {', '.join(map(brief, place.split(', ')))}" if place else ""
 
-def _how_apart(base:pd.DataFrame, place:str, chance:float|None)->str:
+def _how_apart(
+    base:pd.DataFrame,  # runs of the baseline
+    place:str,
+    chance:float|None,  # that the variant's run is later; None where that is not known
+)->str:
     "How a variant was not run in turns with the baseline."
     if chance is None: return f"each was run in one piece{_at(place)}"
     when = "after" if chance > 0.5 else "before"
     return f"{percent(max(chance, 1 - chance))} of pairs have its run {when} that of {name_of(base)}{_at(place)}"
 
+# %% ../../nbs/audit/15_order.ipynb #cell-14
 @check("not-interleaved", "the conditions were run one after the other", given="part")
 def check_not_interleaved(case:Case)->Iterator[Finding]:
-    "Variants that did not take turns with the baseline: a warning; it is serious where results drift, see `order-drift`."
+    "Variants that did not take turns with the baseline: a warning; where results drift as well, see `order-drift`."
     words, tables, later = [], [], {}
     for base, rows in beside_baseline(case, table_of(case)):
         worst = {place: chance for place, (good, chance, _) in in_turns(base, rows).items() if not good}
@@ -83,7 +93,7 @@ def check_not_interleaved(case:Case)->Iterator[Finding]:
         **on_groups(tables),
     )
 
-# %% ../../nbs/audit/15_order.ipynb #cell-12
+# %% ../../nbs/audit/15_order.ipynb #cell-18
 SERIES, STRETCH = 8, 10   # runs that a series needs, and a stretch of it
 
 def excess_range(
@@ -98,9 +108,10 @@ def excess_range(
 
 def _differ_in_rank(parts:list[np.ndarray])->float: return float(stats.kruskal(*parts).pvalue)
 
+# %% ../../nbs/audit/15_order.ipynb #cell-20
 def _trend(values:np.ndarray)->float: return float(stats.spearmanr(np.arange(len(values)), values).pvalue)
 
-# %% ../../nbs/audit/15_order.ipynb #cell-13
+# %% ../../nbs/audit/15_order.ipynb #cell-21
 def drift_tests(
     values:np.ndarray,   # finite, in the order in which they were measured
     batches:np.ndarray,  # the batch of each
@@ -117,7 +128,7 @@ def drift_tests(
     long = [part for part in parts if len(part) >= SERIES]
     return tests + [(_differ_in_rank(long), excess_range(long))] if len(long) > 1 else tests
 
-# %% ../../nbs/audit/15_order.ipynb #cell-17
+# %% ../../nbs/audit/15_order.ipynb #cell-25
 DRIFTS = 0.01  # p below which there is drift, corrected for the number of tests
 _COLUMNS = ["group", "place", "metric", "n", "p", "drift"]
 
@@ -129,6 +140,7 @@ def _series_of(table:pd.DataFrame)->Iterator[tuple[str, str, pd.DataFrame]]:
     for (group, place, *_), rows in table.groupby(["group", "place", "speed", file], sort=False):
         if rows["when"].notna().all() or rows["order"].notna().all(): yield group, place, rows
 
+# %% ../../nbs/audit/15_order.ipynb #cell-27
 def drifts(
     case:Case,
     table:pd.DataFrame,
@@ -147,14 +159,23 @@ def drifts(
     largest_first = found[found["p"] < DRIFTS].sort_values("drift", ascending=False)
     return largest_first.drop_duplicates(["group", "place", "metric"])
 
-# %% ../../nbs/audit/15_order.ipynb #cell-22
+# %% ../../nbs/audit/15_order.ipynb #cell-32
 _SIDES, _SEEN = 0.5, 0.2    # of the difference: a drift that casts doubt on it, and one that is worth a word
 
-def _severity_of(share:float, taken_turns:bool|None)->str:
+def _severity_of(
+    share:float,            # the drift as a part of the difference
+    taken_turns:bool|None,  # None where that is not known
+)->str:
     if taken_turns: return "note"
     return "serious" if taken_turns is False and share >= _SIDES else "warning"
 
-def _explained(drift:dict, base:pd.DataFrame, rows:pd.DataFrame, means:pd.DataFrame)->dict:
+# %% ../../nbs/audit/15_order.ipynb #cell-34
+def _explained(
+    drift:dict,          # a row of `drifts`
+    base:pd.DataFrame,   # runs of the baseline
+    rows:pd.DataFrame,   # runs of a variant
+    means:pd.DataFrame,  # of metrics, by group and place
+)->dict:
     "difference, and share: the drift as a part of it; nothing where there is no difference in that place."
     sides = [(name_of(side), drift["place"]) for side in (base, rows)]
     if not all(side in means.index for side in sides): return {}
@@ -163,7 +184,11 @@ def _explained(drift:dict, base:pd.DataFrame, rows:pd.DataFrame, means:pd.DataFr
     if not math.isfinite(difference): return {}
     return dict(difference=difference, share=drift["drift"] / abs(difference) if difference else math.inf)
 
-def _sizes(case:Case, table:pd.DataFrame)->list[dict]:
+# %% ../../nbs/audit/15_order.ipynb #cell-36
+def _sizes(
+    case:Case,
+    table:pd.DataFrame,  # of `table_of`
+)->list[dict]:
     "Every drift on either side of a pair that could explain some of their difference, the worst first."
     drifting, found = drifts(case, table), []
     if drifting.empty: return found
@@ -178,16 +203,22 @@ def _sizes(case:Case, table:pd.DataFrame)->list[dict]:
             found.append(drift | explained | dict(severity=severity, base=base, rows=rows, variant=name_of(rows)))
     return sorted(found, key=lambda drift: (SEVERITIES.index(drift["severity"]), -drift["share"]))
 
-# %% ../../nbs/audit/15_order.ipynb #cell-24
-def _drift_words(case:Case, drift:dict)->str:
+# %% ../../nbs/audit/15_order.ipynb #cell-38
+def _drift_words(
+    case:Case,
+    drift:dict,  # one of `_sizes`
+)->str:
     "What drifts, how far, and what that is of the difference."
     metric, group = case.study.metrics[drift["metric"]], drift["group"]
     other = name_of(drift["base"]) if group == drift["variant"] else drift["variant"]
     share = f"{percent(drift['share'])} of" if drift["share"] < 10 else "many times"
     label = f"{metric.label[0].upper()}{metric.label[1:]}"
-    return (f"{label} of {group} drifts over a range of {rough_amount(metric, drift['drift'])} in the course of its {drift['n']} runs{_at(drift['place'])}, "
-            f"{share} its difference from {other} ({rough_amount(metric, drift['difference'])})")
+    size, difference = (rough_amount(metric, drift[name]) for name in ("drift", "difference"))
+    course = f"in the course of its {drift['n']} runs{_at(drift['place'])}"
+    return (f"{label} of {group} drifts over a range of {size} {course}, "
+            f"{share} its difference from {other} ({difference})")
 
+# %% ../../nbs/audit/15_order.ipynb #cell-40
 def _merged(found:list[dict])->dict[tuple, list[list[dict]]]:
     "Drifts by variant, and variants by what is told of them together: severity, metric, the variant if it is serious."
     every, merged = {}, {}
@@ -202,7 +233,8 @@ def _drifting_runs(drift:dict)->pd.DataFrame:
     side = drift["base"] if drift["group"] == name_of(drift["base"]) else drift["rows"]
     return side[side["place"] == drift["place"]]
 
-# %% ../../nbs/audit/15_order.ipynb #cell-25
+# %% ../../nbs/audit/15_order.ipynb #cell-41
+_IN_BLOCKS = "Run all variants in randomised blocks, so that drift meets all alike."
 _MEANING = {
     "serious": "The two were not run in turns, so drift and difference cannot be told apart.",
     "warning": "They were not run in turns, or nobody knows whether they were.",
@@ -210,7 +242,12 @@ _MEANING = {
 }
 _TOLD = ("group", "place", "n", "p", "drift", "variant", "difference", "share")
 
-def _drifted(case:Case, severity:str, metric:str, by_variant:list[list[dict]])->Finding:
+def _drifted(
+    case:Case,
+    severity:str,
+    metric:str,
+    by_variant:list[list[dict]],  # drifts of each variant, the worst first
+)->Finding:
     "The finding on variants with drifts of one severity in one metric, the worst of each first."
     first, *others = (drifts[0] for drifts in by_variant)
     every = [drift for drifts in by_variant for drift in drifts]
@@ -219,12 +256,13 @@ def _drifted(case:Case, severity:str, metric:str, by_variant:list[list[dict]])->
     return find(
         severity=severity,
         message=f"{_drift_words(case, first)}{similarly}. {_MEANING[severity]}",
-        remedy="Nothing." if severity == "note" else "Run all variants in randomised blocks, so that drift meets all alike.",
+        remedy="Nothing." if severity == "note" else _IN_BLOCKS,
         figures=dict(drifts=[{name: drift[name] for name in _TOLD} for drift in every]),
         metric=metric,
         **on_groups([first["base"], *(drift["rows"] for drift in (first, *others))], only=runs),
     )
 
+# %% ../../nbs/audit/15_order.ipynb #cell-43
 @check("order-drift", "results drift with the order of runs", given="part")
 def check_order_drift(case:Case)->Iterator[Finding]:
     "Results drift with the order of runs: serious where a difference could come of it."

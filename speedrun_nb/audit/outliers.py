@@ -7,16 +7,16 @@ __all__ = ['FALSE_ALARMS', 'robust_scale', 'modified_z', 'outlier_threshold', 'f
            'check_warmup_outlier', 'check_outliers']
 
 # %% ../../nbs/audit/10_outliers.ipynb #cell-02
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 from scipy.ndimage import median_filter
+
 from .counted import counted, label_of, once, qualities
 from .findings import Finding, check, find
-
 from ..core.words import count, listed
 from ..evidence.case import Case
 from ..stats.describe import finite, spread
@@ -37,16 +37,17 @@ def robust_scale(
     scale = 1.4826 * np.median(away) or 1.2533 * away.mean()
     return float(max(scale, _smallest_step(values)))
 
+# %% ../../nbs/audit/10_outliers.ipynb #cell-07
 def modified_z(
     values:np.ndarray,              # (n,) finite numbers
     reference:np.ndarray|None=None, # what they are compared with; themselves by default
-)->np.ndarray:                      # (n,) distances from the median, in robust standard deviations; infinite beside equal values
-    "How far values lie from the middle of a sample."
+)->np.ndarray:                      # (n,) distances from the median; infinite beside equal values
+    "How far values lie from the middle of a sample, in robust standard deviations."
     reference = values if reference is None else reference
     away, scale = np.abs(values - np.median(reference)), robust_scale(reference)
     return away / scale if scale else np.where(away > 1e-9 * np.abs(values), np.inf, 0.0)
 
-# %% ../../nbs/audit/10_outliers.ipynb #cell-08
+# %% ../../nbs/audit/10_outliers.ipynb #cell-10
 FALSE_ALARMS = 1e-3  # share of clean batches in which a run is called an outlier
 
 @cache
@@ -56,10 +57,10 @@ def outlier_threshold(n:int)->float:
 
 @cache
 def first_threshold(n:int)->float:
-    "The modified z-score, among the n others, that the first value reaches in one clean normal sample of a thousand; 3.5 at least."
+    "The modified z-score that a first value reaches beside n others in one clean sample of a thousand; 3.5 at least."
     return max(3.5, float(stats.t.isf(FALSE_ALARMS / 2, n // 2) * np.sqrt(1 + np.pi / 2 / n)))
 
-# %% ../../nbs/audit/10_outliers.ipynb #cell-12
+# %% ../../nbs/audit/10_outliers.ipynb #cell-14
 _OFF = 0.02   # relative; a first run closer to the others than this does not matter
 
 def stands_apart(
@@ -75,6 +76,7 @@ def stands_apart(
     if len(others) < 4: return 0.0
     return float(modified_z(np.array([first]), others)[0] / first_threshold(len(others)))
 
+# %% ../../nbs/audit/10_outliers.ipynb #cell-16
 @once
 def warmups(
     case:Case,
@@ -84,14 +86,17 @@ def warmups(
     times = table["time_seconds"].to_numpy()
     for rows in table.groupby("unit").indices.values():
         rows = rows[np.isfinite(times[rows])]
-        if len(rows) and table["position"].iloc[rows[0]] == 0: found[int(rows[0])] = stands_apart(times[rows[0]], times[rows[1:]])
+        if not len(rows) or table["position"].iloc[rows[0]] > 0: continue
+        first, *others = times[rows]
+        found[int(rows[0])] = stands_apart(first, np.array(others))
     return {row: factor for row, factor in found.items() if factor > 1}
 
-# %% ../../nbs/audit/10_outliers.ipynb #cell-15
-_BEYOND_DOUBT = 3  # times the threshold: an outlier of the usual noise may well be the first; it makes no verdict untrustworthy
+# %% ../../nbs/audit/10_outliers.ipynb #cell-19
+_BEYOND_DOUBT = 3  # times the threshold; an outlier of the usual noise may well be the first
 
 def _moves_difference(
-    a:tuple[np.ndarray, np.ndarray], b:tuple[np.ndarray, np.ndarray],  # of two groups: all values, and those that are kept
+    a:tuple[np.ndarray, np.ndarray],  # of a group: all values, and those that are kept
+    b:tuple[np.ndarray, np.ndarray],  # of another
 )->bool:
     "Do the values left out make half of the difference of two means, and more than its standard error?"
     (every_a, kept_a), (every_b, kept_b) = a, b
@@ -101,13 +106,17 @@ def _moves_difference(
     moved = abs(every_a.mean() - every_b.mean() - difference)
     return bool(moved > max(abs(difference) / 2, error))
 
-def _compared_with(case:Case, number:int)->list[int]:
+# %% ../../nbs/audit/10_outliers.ipynb #cell-21
+def _compared_with(
+    case:Case,
+    number:int,  # of the group
+)->list[int]:
     "The groups that a group is compared with: the baseline, or for the baseline all others."
     others = [other for other in range(len(case.groups)) if other != number]
     if case.groups[number] is case.baseline: return others
     return [other for other in others if case.groups[other] is case.baseline]
 
-# %% ../../nbs/audit/10_outliers.ipynb #cell-16
+# %% ../../nbs/audit/10_outliers.ipynb #cell-22
 def _warmup(
     case:Case,
     number:int,           # of the group
@@ -118,8 +127,10 @@ def _warmup(
     median, mean, without = float(np.median(kept)), float(every.mean()), float(kept.mean())
     slow = firsts.index[firsts["time_seconds"] > median]
     clear = any(warmups(case)[row] > _BEYOND_DOUBT for row in slow)
+    means = dict(mean=mean, mean_without=without)
     shift = mean / without - 1 if without else 0.0
-    decides = abs(shift) > _OFF or any(_moves_difference(times[number], times[other]) for other in _compared_with(case, number) if other in times)
+    rivals = [times[other] for other in _compared_with(case, number) if other in times]
+    decides = abs(shift) > _OFF or any(_moves_difference(times[number], rival) for rival in rivals)
     shown = listed((f"{time:.4g} s" for time in firsts["time_seconds"]), most=4)
     one = len(firsts) == 1
     return find(
@@ -130,20 +141,23 @@ def _warmup(
         remedy="Warm up before timing, and leave these first runs out of the times.",
         groups=[group.name],
         runs=firsts["run_id"],
-        figures=dict(first=firsts["time_seconds"].tolist(), median=median, mean=mean, mean_without=without, shift=round(shift, 4)),
+        figures=dict(first=firsts["time_seconds"].tolist(), median=median) | means | dict(shift=round(shift, 4)),
         metric="time_seconds",
     )
 
+# %% ../../nbs/audit/10_outliers.ipynb #cell-24
 @check("warmup-outlier", "the first run of a batch is unlike the others")
 def check_warmup_outlier(case:Case)->Iterator[Finding]:
     "The first run of a batch is unlike the others; serious where it decides what the group's mean is."
     table = counted(case)
     first = table.index.isin(list(warmups(case)))
     timed = table["time_seconds"].notna()
-    times = {number: (mine.to_numpy(), mine[~first[mine.index]].to_numpy()) for number, mine in table["time_seconds"][timed].groupby(table["group"])}
+    times = {}
+    for number, mine in table["time_seconds"][timed].groupby(table["group"]):
+        times[number] = mine.to_numpy(), mine[~first[mine.index]].to_numpy()
     for number, firsts in table[first].groupby("group"): yield _warmup(case, number, firsts, times)
 
-# %% ../../nbs/audit/10_outliers.ipynb #cell-20
+# %% ../../nbs/audit/10_outliers.ipynb #cell-28
 _SMALL, _FEWEST = 8, 6  # runs: batches of fewer are taken together by machine; fewer in one place tell nothing
 
 def _places(table:pd.DataFrame)->np.ndarray:
@@ -152,7 +166,11 @@ def _places(table:pd.DataFrame)->np.ndarray:
     machines = table.groupby(["group", "host_id"], dropna=False).ngroup() + len(table)
     return np.where(small, machines, table["unit"])
 
-def _outliers(table:pd.DataFrame, name:str)->np.ndarray:
+# %% ../../nbs/audit/10_outliers.ipynb #cell-30
+def _outliers(
+    table:pd.DataFrame,  # of `counted`
+    name:str,            # of the metric
+)->np.ndarray:
     "Which rows are outliers in a metric, among the runs of their batch."
     values, places = table[name].to_numpy(float), _places(table)
     found = np.zeros(len(table), bool)
@@ -164,12 +182,32 @@ def _outliers(table:pd.DataFrame, name:str)->np.ndarray:
         found[rows] = apart & (modified_z(x) > outlier_threshold(len(rows)))
     return found
 
-# %% ../../nbs/audit/10_outliers.ipynb #cell-21
-def _shift(values:np.ndarray, odd:np.ndarray)->float:
+# %% ../../nbs/audit/10_outliers.ipynb #cell-31
+def _shift(
+    values:np.ndarray,  # of one batch
+    odd:np.ndarray,     # which are outliers
+)->float:
     "By what part outliers move the mean of a batch."
     every, rest = finite(values), finite(values[~odd])
     return every.mean() / rest.mean() - 1 if len(rest) and rest.mean() else 0.0
 
+# %% ../../nbs/audit/10_outliers.ipynb #cell-33
+def _beside(medians:list[float], show:Callable)->str:
+    "The middle of the batches."
+    if len(medians) == 1: return f"beside a median of {show(medians[0])}"
+    return f"beside medians from {show(min(medians))} to {show(max(medians))} in their batches"
+
+def _moved(
+    n:int,        # outliers
+    batches:int,  # that they are in
+    shift:float,  # of the mean that is moved most, relative
+)->str:
+    "What they do to a mean."
+    direction = "higher" if shift >= 0 else "lower"
+    them, the = "it" if n == 1 else "them", "the" if batches == 1 else "a"
+    return f"With {them} the mean of {the} batch is {100 * abs(shift):.2g} % {direction}."
+
+# %% ../../nbs/audit/10_outliers.ipynb #cell-35
 def _outlying(
     case:Case,
     number:int,         # of the group
@@ -181,13 +219,13 @@ def _outlying(
     values = [batch[name].to_numpy(float) for batch in batches]
     shift = max((_shift(x, batch["odd"].to_numpy()) for x, batch in zip(values, batches, strict=True)), key=abs)
     medians = [float(np.median(finite(x))) for x in values]
-    show, n, of = metric.show if metric else "{:.4g}".format, len(odd), len(finite(runs[name].to_numpy(float)))
-    beside = f"a median of {show(medians[0])}" if len(medians) == 1 else f"medians from {show(min(medians))} to {show(max(medians))} in their batches"
+    n, of = len(odd), len(finite(runs[name].to_numpy(float)))
+    show = metric.show if metric else "{:.4g}".format
     return find(
         severity="warning" if n > 0.05 * of or abs(shift) > 0.01 else "note",
-        message=f"{count(n)} of the {of} of {group.name} {'lies' if n == 1 else 'lie'} far outside the spread of the batch in {label_of(case, name)}: "
-                f"{listed(map(show, odd[name]), most=4)}, beside {beside}. With {'it' if n == 1 else 'them'} the mean of "
-                f"{'the' if len(medians) == 1 else 'a'} batch is {100 * abs(shift):.2g} % {'higher' if shift >= 0 else 'lower'}.",
+        message=f"{count(n)} of the {of} of {group.name} {'lies' if n == 1 else 'lie'} far outside the spread "
+                f"of the batch in {label_of(case, name)}: {listed(map(show, odd[name]), most=4)}, {_beside(medians, show)}. "
+                f"{_moved(n, len(medians), shift)}",
         remedy="Look for a cause; report results with and without these runs, or medians.",
         groups=[group.name],
         runs=odd["run_id"],
@@ -195,10 +233,10 @@ def _outlying(
         metric=name,
     )
 
-# %% ../../nbs/audit/10_outliers.ipynb #cell-22
+# %% ../../nbs/audit/10_outliers.ipynb #cell-36
 @check("outliers", "runs far outside the spread of their group")
 def check_outliers(case:Case)->Iterator[Finding]:
-    "Runs far outside the spread of their batch; a warning where they are more than 5 % or move the mean by more than 1 %."
+    "Runs far outside the spread of their batch; a warning for more than 5 %, or if the mean moves by more than 1 %."
     table = counted(case)
     if not len(table): return
     for name in ("time_seconds", *qualities(case)[:1]):

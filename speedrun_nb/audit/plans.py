@@ -9,8 +9,8 @@ __all__ = ['check_exploratory_runs', 'check_claim_changed', 'check_plan_extended
 from collections.abc import Iterator
 
 import pandas as pd
-from .findings import Finding, check, find
 
+from .findings import Finding, check, find
 from ..core.plans import SweepPlan
 from ..core.variants import claim_of
 from ..core.words import count, listed
@@ -35,25 +35,35 @@ def _shares(groups:list[Group])->str:
     counts = [(_made(group)[1], len(group.runs), group.name) for group in groups]
     return listed((f"{n} of {count(of)} of {name}" for n, of, name in counts if n), most=4)
 
+# %% ../../nbs/audit/11_plans.ipynb #cell-09
 def _first_plan(groups:list[Group])->str:
     return next(name for group in groups for name in group.runs["plan"] if name != EXPLORATORY)
 
-def _exploratory(groups:list[Group], **finding)->Finding:
+def _exploratory(
+    groups:list[Group],
+    **finding,           # severity, message, remedy
+)->Finding:
     figures = {group.name: dict(zip(("planned", "exploratory"), _made(group), strict=True)) for group in groups}
     runs = pd.concat([group.runs.loc[group.runs["plan"] == EXPLORATORY, "run_id"] for group in groups])
     return find(groups=[group.name for group in groups], runs=runs, figures=figures, **finding)
 
-# %% ../../nbs/audit/11_plans.ipynb #cell-08
+# %% ../../nbs/audit/11_plans.ipynb #cell-10
 def _mixed(groups:list[Group])->Finding:
     "Planned runs are compared with exploratory ones."
     return _exploratory(
         groups,
         severity="warning",
-        message=f"Planned runs are compared with exploratory ones, which were made outside of any plan: {_shares(groups)}.",
-        remedy=f"Judge by the planned runs alone (`speedrun compare --where sweep={_first_plan(groups)}`), or plan anew, with other seeds.",
+        message="Planned runs are compared with exploratory ones, which were made outside of any plan: "
+                f"{_shares(groups)}.",
+        remedy=f"Judge by the planned runs alone (`speedrun compare --where sweep={_first_plan(groups)}`), "
+               "or plan anew, with other seeds.",
     )
 
-def _unplanned(groups:list[Group], but:list[Group])->Finding:
+# %% ../../nbs/audit/11_plans.ipynb #cell-12
+def _unplanned(
+    groups:list[Group],
+    but:list[Group],     # baselines, if any
+)->Finding:
     "Runs outside of any plan, beside plans for other groups; those of the baseline are not counted in the words."
     return _exploratory(
         but + groups,
@@ -62,6 +72,7 @@ def _unplanned(groups:list[Group], but:list[Group])->Finding:
         remedy="Plan them, with other seeds, before anything is concluded from them.",
     )
 
+# %% ../../nbs/audit/11_plans.ipynb #cell-14
 def _without_plans(groups:list[Group])->Finding:
     return _exploratory(
         groups,
@@ -70,7 +81,7 @@ def _without_plans(groups:list[Group])->Finding:
         remedy="`speedrun sweep` freezes a plan before it runs one.",
     )
 
-# %% ../../nbs/audit/11_plans.ipynb #cell-09
+# %% ../../nbs/audit/11_plans.ipynb #cell-15
 @check("exploratory-runs", "runs that were made outside of any frozen plan")
 def check_exploratory_runs(case:Case)->Iterator[Finding]:
     "A note where nothing was planned, a warning where planned and exploratory runs are compared."
@@ -86,13 +97,24 @@ def check_exploratory_runs(case:Case)->Iterator[Finding]:
     if mixed: yield _mixed(list(dict.fromkeys(base + mixed)))
     if plain: yield _unplanned(plain, but=[group for group in base if _made(group)[1] and group not in plain])
 
-# %% ../../nbs/audit/11_plans.ipynb #cell-15
-def _claimed_metric(case:Case, plan:SweepPlan, variant:str)->str:
+# %% ../../nbs/audit/11_plans.ipynb #cell-21
+def _claimed_metric(
+    case:Case,
+    plan:SweepPlan,
+    variant:str,
+)->str:
     "The metric of a claim, as it is now or else as it was planned."
     if now := claim_of(case.study, variant): return now.metric
     return next(condition["claim"]["metric"] for condition in plan.conditions if condition["variant"] == variant)
 
-def _changed(case:Case, plan:SweepPlan, group:Group, words:str, runs:list[str])->Finding:
+# %% ../../nbs/audit/11_plans.ipynb #cell-23
+def _changed(
+    case:Case,
+    plan:SweepPlan,
+    group:Group,
+    words:str,       # what was changed
+    runs:list[str],  # run_ids of those made under the plan
+)->Finding:
     made = f"{count(len(runs))} of it {'was' if len(runs) == 1 else 'were'} made"
     return find(
         severity="serious",
@@ -104,6 +126,7 @@ def _changed(case:Case, plan:SweepPlan, group:Group, words:str, runs:list[str])-
         metric=_claimed_metric(case, plan, group.variant),
     )
 
+# %% ../../nbs/audit/11_plans.ipynb #cell-25
 @check("claim-changed", "a claim is not what it was when the plan of its runs was frozen")
 def check_claim_changed(case:Case)->Iterator[Finding]:
     "Serious for a variant that has runs under a plan with another claim than it has now."
@@ -113,25 +136,38 @@ def check_claim_changed(case:Case)->Iterator[Finding]:
             runs = group.runs.loc[group.runs["plan"] == plan.name, "run_id"].tolist()
             if runs and group.variant in changes: yield _changed(case, plan, group, changes[group.variant], runs)
 
-# %% ../../nbs/audit/11_plans.ipynb #cell-19
-def _known_before(case:Case, earlier:SweepPlan, plan:SweepPlan)->pd.DataFrame:
+# %% ../../nbs/audit/11_plans.ipynb #cell-29
+def _known_before(
+    case:Case,
+    earlier:SweepPlan,
+    plan:SweepPlan,
+)->pd.DataFrame:
     "Runs of an earlier plan that had started when a later one was frozen."
     started = pd.to_datetime(case.rows["started_at"], utc=True, format="ISO8601", errors="coerce")
     frozen = pd.Timestamp(plan.circumstances["frozen_at"])
     return case.rows[(case.rows["plan"] == earlier.name) & (started < frozen)]
 
-def _extended(case:Case, earlier:SweepPlan, plan:SweepPlan, runs:pd.DataFrame)->Finding:
+# %% ../../nbs/audit/11_plans.ipynb #cell-31
+def _extended(
+    case:Case,
+    earlier:SweepPlan,
+    plan:SweepPlan,
+    runs:pd.DataFrame,  # of the earlier plan, known when the later was frozen
+)->Finding:
     variants = {condition["variant"] for condition in plan.conditions}
-    known = f"{count(len(runs))} of {earlier.name}, from the same sweep file, {'was' if len(runs) == 1 else 'were'} known"
+    known = f"{count(len(runs))} of {earlier.name}, from the same sweep file,"
+    were = "was" if len(runs) == 1 else "were"
     return find(
         severity="warning",
-        message=f"Plan {plan.name} was frozen when {known}: how many to run was decided after looking.",
-        remedy=f"Judge by the runs of one plan alone (`speedrun compare --where sweep={plan.name}`), or use `stop: decided`, which may look.",
+        message=f"Plan {plan.name} was frozen when {known} {were} known: how many to run was decided after looking.",
+        remedy=f"Judge by the runs of one plan alone (`speedrun compare --where sweep={plan.name}`), "
+               "or use `stop: decided`, which may look.",
         groups=[group.name for group in case.groups if group.variant in variants],
         runs=runs["run_id"],
         figures=dict(earlier=earlier.name, plan=plan.name, known=len(runs)),
     )
 
+# %% ../../nbs/audit/11_plans.ipynb #cell-33
 @check("plan-extended", "a plan was frozen when runs of an earlier one from the same file were known")
 def check_plan_extended(case:Case)->Iterator[Finding]:
     "A warning for a plan that was frozen when runs of an earlier one from the same file were known."

@@ -9,7 +9,6 @@ __all__ = ['check_guard_missed', 'check_target_missed', 'check_frontier_explains
 from collections.abc import Iterable, Iterator
 
 from .findings import Finding, check, find
-
 from ..core.study import Metric
 from ..core.words import count, listed, p_value, rough_amount
 from ..evidence.comparison import Results
@@ -23,18 +22,30 @@ def _names(c:Results)->tuple[str, str]: return c.baseline.name, c.variant.name
 def _sentence(text:str)->str: return f"{text[0].upper()}{text[1:]}"
 
 # %% ../../nbs/audit/17_results.ipynb #cell-08
-def _as_measured(guard:GuardResult, metric:Metric)->str:
+def _as_measured(
+    guard:GuardResult,
+    metric:Metric,
+)->str:
     "What is known of the difference, beside the margin."
     if guard.difference is None: return ", and nothing is known of it"
     if not guard.difference: return "; it is the same"
     worse = (guard.difference < 0) == (metric.better == "higher")
     return f"; it is {rough_amount(metric, guard.difference)} {'worse' if worse else 'better'}"
 
-def _what_follows(guard:GuardResult, metric:Metric)->str:
+# %% ../../nbs/audit/17_results.ipynb #cell-10
+def _what_follows(
+    guard:GuardResult,
+    metric:Metric,
+)->str:
     "What that says of the guard."
     if guard.outcome == "broken": return ", which is more than chance explains"
-    if guard.bound is not None and guard.bound > guard.margin: return f", and may be worse by up to {rough_amount(metric, guard.bound)}"
+    if guard.bound is not None and guard.bound > guard.margin:
+        return f", and may be worse by up to {rough_amount(metric, guard.bound)}"
     return "" if guard.difference is None else ", but the runs are too few, or too much alike, to tell"
+
+# %% ../../nbs/audit/17_results.ipynb #cell-12
+_AT_A_COST = "Do not claim a speed-up without its cost."
+_MORE_SEEDS = "Run more seeds of both; `speedrun plan --margin` says how many."
 
 @check("guard-missed", "what must not suffer was not shown to be kept", given="results", weighed=True)
 def check_guard_missed(results:Iterable[Results])->Iterator[Finding]:
@@ -44,17 +55,18 @@ def check_guard_missed(results:Iterable[Results])->Iterator[Finding]:
         if guard is None or guard.outcome == "kept": continue
         metric = c.guard_metric or Metric(guard.metric, guard.metric, "", "higher")
         broken = guard.outcome == "broken"
-        allowed = f"{metric.label} of {variant} is allowed to be worse than that of {baseline} by {rough_amount(metric, guard.margin)}"
+        margin = rough_amount(metric, guard.margin)
+        allowed = f"{metric.label} of {variant} is allowed to be worse than that of {baseline} by {margin}"
         yield find(
             severity="serious" if broken else "warning",
             message=f"{_sentence(allowed)}{_as_measured(guard, metric)}{_what_follows(guard, metric)}.",
-            remedy="Do not claim a speed-up without its cost." if broken else "Run more seeds of both; `speedrun plan --margin` says how many.",
+            remedy=_AT_A_COST if broken else _MORE_SEEDS,
             groups=_names(c),
             figures={name: getattr(guard, name) for name in ("margin", "difference", "bound", "outcome")},
             metric=guard.metric,
         )
 
-# %% ../../nbs/audit/17_results.ipynb #cell-12
+# %% ../../nbs/audit/17_results.ipynb #cell-16
 def _target_metric(c:Results)->Metric:
     "The metric that the target is in, as the results know it."
     for metric in (c.metric, c.guard_metric, *(c.frontier_metrics or ())):
@@ -62,22 +74,38 @@ def _target_metric(c:Results)->Metric:
     better = "lower" if "loss" in c.target.metric else "higher"
     return Metric(c.target.metric, c.target.metric, "", better, digits=4)
 
-def _short(side:Reach, target:float, metric:Metric)->bool:
+# %% ../../nbs/audit/17_results.ipynb #cell-18
+def _short(
+    side:Reach,     # variant or baseline
+    target:float,   # in the stored unit
+    metric:Metric,
+)->bool:
     "Does it miss the target, as far as one can see?"
     if not side.n or side.reached or metric.show(side.mean) == metric.show(target): return False
     return (side.mean < target) == (metric.better == "higher")
 
-def _tested(variant:Reach, short:bool)->str:
+# %% ../../nbs/audit/17_results.ipynb #cell-20
+def _tested(
+    variant:Reach,
+    short:bool,     # does it miss the target, as far as one can see?
+)->str:
     "What the test says."
     if variant.p is None: return "; without a spread between runs there is no test."
     return "." if short else f" ({p_value(variant.p, 2)})."
 
-def _baseline_too(name:str, side:Reach, mean:str, short:bool, base_short:bool)->str:
+# %% ../../nbs/audit/17_results.ipynb #cell-22
+def _baseline_too(
+    name:str,         # of the baseline
+    side:Reach,       # of the baseline
+    mean:str,         # as shown
+    short:bool,       # does the variant miss the target?
+    base_short:bool,  # does the baseline?
+)->str:
     "A sentence on the baseline, where it does no better."
     if base_short: return f" So is that of {name} ({mean})." if short else f" {name} misses it ({mean})."
     return f" It is not shown of {name} either ({mean})." if side.n and not side.reached else ""
 
-# %% ../../nbs/audit/17_results.ipynb #cell-13
+# %% ../../nbs/audit/17_results.ipynb #cell-23
 @check("target-missed", "the target quality was not shown to be reached", given="results", weighed=True)
 def check_target_missed(results:Iterable[Results])->Iterator[Finding]:
     "A warning where the variant was not shown to reach the speedrun's target; a note without a test."
@@ -88,37 +116,48 @@ def check_target_missed(results:Iterable[Results])->Iterator[Finding]:
         baseline, variant = _names(c)
         misses = "short of the target of" if short else "which does not show that it reaches the target of"
         too = _baseline_too(baseline, base, metric.show(base.mean), short, base_short)
+        beside = dict(baseline_mean=base.mean, baseline_reached=base.reached)
         yield find(
             severity="note" if mine.p is None else "warning",
             message=_sentence(f"mean {metric.label} of {variant} is {metric.show(mine.mean)} ({count(mine.n)}), "
                               f"{misses} {metric.show(goal)}{_tested(mine, short)}{too}"),
             remedy="Train for longer, or say that the target is missed." if short else "Run more seeds.",
             groups=_names(c),
-            figures=dict(target=goal, mean=mine.mean, n=mine.n, p=mine.p, baseline_mean=base.mean, baseline_reached=base.reached),
+            figures=dict(target=goal, mean=mine.mean, n=mine.n, p=mine.p) | beside,
             metric=c.target.metric,
         )
 
-# %% ../../nbs/audit/17_results.ipynb #cell-17
+# %% ../../nbs/audit/17_results.ipynb #cell-27
 def _is_explained(c:Results)->bool:
     "Is a variant faster as it stands, and not shown to be at equal quality?"
     if c.frontier is None or c.frontier.time is None or c.metric.name != "time_seconds": return False
     return bool(c.difference.better) and not c.frontier.better
 
-def _too_poorly_known(c:Results, low:float|None, high:float|None)->bool:
+def _too_poorly_known(
+    c:Results,
+    low:float|None,   # ends of the 95 % interval at equal quality
+    high:float|None,
+)->bool:
     "Does the interval at equal quality hold both zero and the difference as it stood?"
     holds_raw = (low is None or low <= c.difference.absolute) and (high is None or high >= c.difference.absolute)
     return c.frontier.better is None and holds_raw
 
-def _at_equal_quality(c:Results, low:float|None, high:float|None)->str:
+# %% ../../nbs/audit/17_results.ipynb #cell-29
+def _at_equal_quality(
+    c:Results,
+    low:float|None,   # ends of the 95 % interval at equal quality
+    high:float|None,
+)->str:
     "The difference as it stands, and at equal quality."
     (baseline, variant), at = _names(c), c.frontier.time.absolute
     quality = c.frontier_metrics[1].label if c.frontier_metrics else "quality"
-    text = (f"{variant} takes {rough_amount(c.metric, c.difference.absolute)} less than {baseline}, but compared with {baseline} "
-            f"trained to the same {quality} {rough_amount(c.metric, at)} {'more' if at > 0 else 'less'}")
+    raw, equal = (rough_amount(c.metric, value) for value in (c.difference.absolute, at))
+    text = (f"{variant} takes {raw} less than {baseline}, but compared with {baseline} "
+            f"trained to the same {quality} {equal} {'more' if at > 0 else 'less'}")
     if low is None or high is None: return text
     return f"{text} (95 % interval {c.metric.show(low, sign=True)} to {c.metric.show(high, sign=True)})"
 
-# %% ../../nbs/audit/17_results.ipynb #cell-18
+# %% ../../nbs/audit/17_results.ipynb #cell-30
 _CONCLUSIONS = {  # by whether the variant is better at equal quality
     False: ": training for less gives the speed-up too.",
     None: ", which may be none: training for less may give the speed-up too.",
@@ -126,28 +165,31 @@ _CONCLUSIONS = {  # by whether the variant is better at equal quality
 
 @check("frontier-explains", "training shorter gives the same speed-up", given="results", weighed=True)
 def check_frontier_explains(results:Iterable[Results])->Iterator[Finding]:
-    "Serious where the variant is better than the baseline, but not than the baseline trained for less; a warning where the frontier is known too poorly."
+    "Serious where the variant is better as it stands only; a warning where the frontier is known too poorly."
     for c in results:
         if not _is_explained(c): continue
-        low, high = c.frontier.time.ci95 or (None, None)
+        at, better = c.frontier.time, c.frontier.better
+        low, high = at.ci95 or (None, None)
         unclear = _too_poorly_known(c, low, high)
-        conclusion = "; that may be the whole speed-up or nothing." if unclear else _CONCLUSIONS[c.frontier.better]
-        more, claim = "Run the baseline with more seeds at budgets around the variant's time.", "Claim the distance from the frontier, not the raw difference."
+        conclusion = "; that may be the whole speed-up or nothing." if unclear else _CONCLUSIONS[better]
+        more = "Run the baseline with more seeds at budgets around the variant's time."
+        claim = "Claim the distance from the frontier, not the raw difference."
         yield find(
             severity="warning" if unclear else "serious",
             message=f"{_at_equal_quality(c, low, high)}{conclusion}",
             remedy=more if unclear else claim,
             groups=_names(c),
-            figures=dict(raw=c.difference.absolute, at_equal_quality=c.frontier.time.absolute, ci95=[low, high], better=c.frontier.better),
+            figures=dict(raw=c.difference.absolute, at_equal_quality=at.absolute) | dict(ci95=[low, high], better=better),
             metric=c.metric.name,
         )
 
-# %% ../../nbs/audit/17_results.ipynb #cell-22
+# %% ../../nbs/audit/17_results.ipynb #cell-34
 def _is_lost(c:Results)->bool:
     "Is it significant alone, but not among as many as were looked at?"
     if c.family is None or None in (c.family.p, c.family.p_adjusted): return False
     return c.family.p < ALPHA <= c.family.p_adjusted
 
+# %% ../../nbs/audit/17_results.ipynb #cell-36
 def _lost(together:list[Results])->Finding:
     "The finding on comparisons with one baseline in one metric."
     first, (baseline, _) = together[0], _names(together[0])
@@ -158,13 +200,20 @@ def _lost(together:list[Results])->Finding:
         severity="warning",
         message=f"Of {count(first.family.size, 'comparison')} with {baseline} in {first.metric.label}, "
                 f"the difference of {listed(each, most=4)} is significant alone, but not when all are counted.",
-        remedy=f"Report the corrected p ({first.family.method.capitalize()}), or run the variant again with new seeds and nothing else.",
+        remedy=f"Report the corrected p ({first.family.method.capitalize()}), "
+               "or run the variant again with new seeds and nothing else.",
         groups=[baseline, *families],
         figures=dict(size=first.family.size, p=p, p_adjusted=p_adjusted),
         metric=first.metric.name,
     )
 
-@check("uncorrected-family", "a difference that does not survive the correction for how many were looked at", given="results", weighed=True)
+# %% ../../nbs/audit/17_results.ipynb #cell-38
+@check(
+    "uncorrected-family",
+    "a difference that does not survive the correction for how many were looked at",
+    given="results",
+    weighed=True,
+)
 def check_uncorrected_family(results:Iterable[Results])->Iterator[Finding]:
     "A warning for differences that are significant alone and not among as many as were looked at."
     lost = {}

@@ -9,9 +9,9 @@ __all__ = ['check_missing_runs', 'check_uncommitted_code', 'check_tuned_on_test'
 from collections.abc import Iterator, Mapping
 
 import pandas as pd
+
 from .counted import label_of, once, qualities, rows_of
 from .findings import Finding, check, concerned, find, origins
-
 from ..core.words import count, listed
 from ..evidence.case import Case
 from ..evidence.groups import Group
@@ -28,12 +28,17 @@ def _without_runs(case:Case)->dict[str, dict]:
         if here and (variant, batch) not in recorded: found.setdefault(variant, {})[batch] = provenance
     return found
 
-def _batches(case:Case, group:Group, rows:pd.DataFrame)->dict[str, dict]:
+# %% ../../nbs/audit/09_runs.ipynb #cell-07
+def _batches(
+    case:Case,
+    group:Group,
+    rows:pd.DataFrame,  # all its records
+)->dict[str, dict]:
     "All batches of a group, also those without runs: batch -> provenance."
     empty = _without_runs(case).get(group.variant, {})
     return origins(case, group, rows) | {batch: p for batch, p in empty.items() if p.get("config") == group.config}
 
-# %% ../../nbs/audit/09_runs.ipynb #cell-06
+# %% ../../nbs/audit/09_runs.ipynb #cell-08
 def _lost_seeds(
     group:Group,
     mine:pd.DataFrame,  # records of the batch
@@ -44,27 +49,40 @@ def _lost_seeds(
     again = group.runs if repeats is None else group.runs[group.runs["repeat"].isin(repeats)]
     return set(provenance.get("seeds") or []) - set(mine["seed"]) - set(again["seed"])
 
-def _never_ran(case:Case, group:Group, rows:pd.DataFrame)->tuple[int, list[str]]:
+# %% ../../nbs/audit/09_runs.ipynb #cell-10
+def _never_ran(
+    case:Case,
+    group:Group,
+    rows:pd.DataFrame,  # all its records
+)->tuple[int, list[str]]:
     "Runs that were asked for and not recorded, and the batches that were to hold them."
     missing, seeds, batches = 0, set(), []
     for batch, provenance in _batches(case, group, rows).items():
         mine, expected = rows[rows["batch"] == batch], provenance.get("expected_runs")
-        fewer, lost = 0, set()
+        fewer, lost, broke_off = 0, set(), provenance.get("status") in ("interrupted", "failed")
         if isinstance(expected, (int, float)): fewer = max(0, int(expected) - len(mine))
-        elif expected is not None or provenance.get("status") in ("interrupted", "failed"): lost = _lost_seeds(group, mine, provenance)
+        elif expected is not None or broke_off: lost = _lost_seeds(group, mine, provenance)
         if lost or fewer: batches.append(str(batch))
         missing, seeds = missing + fewer, seeds | lost
     return missing + len(seeds), batches
 
-def _ended(group:Group, rows:pd.DataFrame)->tuple[pd.DataFrame, pd.DataFrame]:
+# %% ../../nbs/audit/09_runs.ipynb #cell-12
+def _ended(
+    group:Group,
+    rows:pd.DataFrame,  # all its records
+)->tuple[pd.DataFrame, pd.DataFrame]:
     "The failed runs that were not run again with success, and the diverged ones."
     ended = rows[rows["status"] != "completed"]
     recovered = ended["run_id"].isin(set(group.runs["run_id"])) | ended["run_id"].duplicated()
     failed = (ended["status"] == "failed") & ~(ended["run_id"].notna() & recovered)
     return ended[failed], ended[ended["status"] == "diverged"]
 
-# %% ../../nbs/audit/09_runs.ipynb #cell-07
-def _missing(case:Case, group:Group, rows:pd.DataFrame)->Iterator[Finding]:
+# %% ../../nbs/audit/09_runs.ipynb #cell-13
+def _missing(
+    case:Case,
+    group:Group,
+    rows:pd.DataFrame,  # all its records
+)->Iterator[Finding]:
     failed, diverged = _ended(group, rows)
     never, batches = _never_ran(case, group, rows)
     lost, completed = len(failed) + len(diverged) + never, len(group.runs)
@@ -75,25 +93,32 @@ def _missing(case:Case, group:Group, rows:pd.DataFrame)->Iterator[Finding]:
     figures = dict(failed=len(failed), diverged=len(diverged), not_recorded=never, completed=completed)
     yield find(
         severity="serious" if share > 0.2 and lost > 1 else "warning",
-        message=f"{count(lost)} of {group.name} {'is' if lost == 1 else 'are'} missing from the results ({parts}; {completed} completed).",
+        message=f"{count(lost)} of {group.name} {'is' if lost == 1 else 'are'} missing from the results "
+                f"({parts}; {completed} completed).",
         remedy="Report how many runs ended how; find out why, and run what is missing.",
         groups=[group.name],
         runs=pd.concat([failed, diverged])["run_id"],
         figures=figures | dict(share=round(share, 4), batches=batches),
     )
 
+# %% ../../nbs/audit/09_runs.ipynb #cell-15
 @check("missing-runs", "runs that failed, diverged or are not there")
 def check_missing_runs(case:Case)->Iterator[Finding]:
     "Failed, diverged or never recorded; serious where they are several, and more than 20 % of what was to be there."
     for group, rows in zip(case.groups, rows_of(case), strict=True): yield from _missing(case, group, rows)
 
-# %% ../../nbs/audit/09_runs.ipynb #cell-11
+# %% ../../nbs/audit/09_runs.ipynb #cell-19
 def _dirty(found:dict)->dict[str, dict]:
     "By batch: what git said of a working tree that differed from its commit."
     known = {batch: p["git"] for batch, p in found.items() if isinstance(p.get("git"), Mapping)}
     return {str(batch): git for batch, git in known.items() if git.get("dirty")}
 
-def _uncommitted(names:tuple[str, ...], batches:dict[str, dict], runs:list)->Finding:
+# %% ../../nbs/audit/09_runs.ipynb #cell-21
+def _uncommitted(
+    names:tuple[str, ...],    # of the groups
+    batches:dict[str, dict],  # batch -> what git said
+    runs:list,                # run_ids
+)->Finding:
     commits = sorted({str(git["commit"])[:7] for git in batches.values() if git.get("commit")})
     hashes = sorted({git["diff_hash"] for git in batches.values() if git.get("diff_hash")})
     empty = all(git.get("diff") == "" for git in batches.values())
@@ -101,35 +126,43 @@ def _uncommitted(names:tuple[str, ...], batches:dict[str, dict], runs:list)->Fin
     end = ", none of them in tracked files." if empty else ", which nobody else can see."
     return find(
         severity="note" if empty else "warning",
-        message=f"{count(len(batches), 'batch')} of {listed(names, most=4)} ran from code with uncommitted changes{where}{end}",
+        message=f"{count(len(batches), 'batch')} of {listed(names, most=4)} ran from code "
+                f"with uncommitted changes{where}{end}",
         remedy="Commit before running.",
         groups=names,
         runs=runs,
         figures=dict(batches=list(batches), commits=commits, diff_hashes=hashes),
     )
 
+# %% ../../nbs/audit/09_runs.ipynb #cell-23
 @check("uncommitted-code", "the code that ran is in no commit")
 def check_uncommitted_code(case:Case)->Iterator[Finding]:
     "Batches that ran from a working tree that differed from its commit; a note where the recorded difference is empty."
     dirty, runs = {}, {}
     for group, rows in zip(case.groups, rows_of(case), strict=True):
         batches = _dirty(origins(case, group, rows))
-        if batches: dirty[group.name], runs[group.name] = batches, rows.loc[rows["batch"].isin(list(batches)), "run_id"].tolist()
+        if not batches: continue
+        dirty[group.name] = batches
+        runs[group.name] = rows.loc[rows["batch"].isin(list(batches)), "run_id"].tolist()
     for names in concerned(case, dirty):
         batches = {batch: git for name in names for batch, git in dirty[name].items()}
         if names: yield _uncommitted(names, batches, [run for name in names for run in runs[name]])
 
-# %% ../../nbs/audit/09_runs.ipynb #cell-15
-def _test_data(case:Case, groups:list[Group])->str|None:
+# %% ../../nbs/audit/09_runs.ipynb #cell-27
+def _test_data(
+    case:Case,
+    groups:list[Group],  # with runs
+)->str|None:
     "What all groups were measured on, if that is the test set; published runs that do not tell count as such."
     splits = {group.config.get("data.split") if isinstance(group.config, Mapping) else None for group in groups}
     if splits - {"official", None}: return None
     if "official" in splits: return "the official test data"
     return "the same data as in every run, as far as the logs show" if case.profile == "published" else None
 
+# %% ../../nbs/audit/09_runs.ipynb #cell-29
 @check("tuned-on-test", "quality was measured on the data that was tuned on")
 def check_tuned_on_test(case:Case)->Iterator[Finding]:
-    "Variants were judged on the official test set, and none on held-out data (note; a warning from three candidates on)."
+    "Variants were judged on the official test set, and none on held-out data: a note; a warning from three on."
     groups = [group for group in case.groups if len(group.runs)]
     data = _test_data(case, groups)
     if len(groups) < 2 or not qualities(case) or not data: return
@@ -137,7 +170,8 @@ def check_tuned_on_test(case:Case)->Iterator[Finding]:
     name = label_of(case, qualities(case)[0])
     yield find(
         severity="warning" if candidates >= 3 else "note",
-        message=f"{name[0].upper()}{name[1:]} of {count(candidates, 'candidate')} was measured on {data}, and of none on data held out from choosing.",
+        message=f"{name[0].upper()}{name[1:]} of {count(candidates, 'candidate')} was measured on {data}, "
+                "and of none on data held out from choosing.",
         remedy="Choose on held-out data and report the test set once, or say that the test set was used for choosing.",
         groups=[group.name for group in groups],
         figures=dict(candidates=candidates),

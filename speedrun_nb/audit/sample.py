@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from .conditions import by_group, on_groups, table_of
 from .findings import Finding, check, find
-
 from ..core.study import Metric
 from ..core.words import count, listed
 from ..evidence.case import Case
@@ -23,9 +22,9 @@ from ..stats.tests import ALPHA
 
 # %% ../../nbs/audit/16_sample.ipynb #cell-05
 def smallest_p(
-    *sizes:tuple[int,int],  # runs on the two sides, by stratum
+    *sizes:tuple[int,int],  # runs on the two sides, by stratum; those without one of the sides say nothing
 )->float:
-    "The smallest p that a two-sided permutation test of the difference in means can give; strata without one of the sides say nothing."
+    "The smallest p that a two-sided permutation test of the difference in means can give."
     ways = math.prod(math.comb(n + m, n) for n, m in sizes)
     mirrored = all(n == m for n, m in sizes if n and m)
     return min(1.0, (2 if mirrored else 1) / ways)
@@ -60,7 +59,12 @@ class _Counts:
     @property
     def is_small(self)->bool: return self.fewest < FEW or self.smallest_p > ALPHA
 
-def _counts_in(base:Group, variant:Group, metric:Metric)->_Counts:
+# %% ../../nbs/audit/16_sample.ipynb #cell-11
+def _counts_in(
+    base:Group,
+    variant:Group,
+    metric:Metric,
+)->_Counts:
     "Strata are looked up only where they matter."
     n, m = (int(group.values(metric.name).notna().sum()) for group in (base, variant))
     if min(n, m) > FEW or not min(n, m): return _Counts(n, m, smallest_p((n, m)))
@@ -68,21 +72,38 @@ def _counts_in(base:Group, variant:Group, metric:Metric)->_Counts:
     n, m = (sum(side) for side in zip(*sizes, strict=True))
     return _Counts(n, m, smallest_p(*sizes))
 
-def _counts(case:Case, variant:Group)->dict[str|None, _Counts]:
+# %% ../../nbs/audit/16_sample.ipynb #cell-13
+def _counts(
+    case:Case,
+    variant:Group,
+)->dict[str|None, _Counts]:
     "By metric, or under None where all agree; metrics that a side lacks are left out."
     found = {metric.name: _counts_in(case.baseline, variant, metric) for metric in case.study.metrics.values()}
     found = {name: counts for name, counts in found.items() if counts.fewest}
     return {None: next(iter(found.values()))} if len(set(found.values())) == 1 else found
 
-# %% ../../nbs/audit/16_sample.ipynb #cell-10
-def _in_words(case:Case, variant:Group, metric:str|None, counts:_Counts)->str:
+# %% ../../nbs/audit/16_sample.ipynb #cell-14
+def _in_words(
+    case:Case,
+    variant:Group,
+    metric:str|None,
+    counts:_Counts,
+)->str:
     "`baseline has 3 completed runs and det_crop has 3; ...`"
     measured = f" with {case.study.metrics[metric].label}" if metric else ""
-    text = f"{case.baseline.name} has {count(counts.baseline, 'completed run')}{measured} and {variant.name} has {counts.variant}"
+    base = f"{case.baseline.name} has {count(counts.baseline, 'completed run')}{measured}"
+    text = f"{base} and {variant.name} has {counts.variant}"
     if counts.fewest == 1: return f"{text}; one run says nothing of the spread between runs"
-    return f"{text}; a permutation test cannot give less than p = {counts.smallest_p:.2g}" if counts.smallest_p > ALPHA else text
+    if counts.smallest_p <= ALPHA: return text
+    return f"{text}; a permutation test cannot give less than p = {counts.smallest_p:.2g}"
 
-def _too_small(case:Case, severity:str, metric:str|None, small:list[tuple[Group, _Counts]])->Finding:
+# %% ../../nbs/audit/16_sample.ipynb #cell-16
+def _too_small(
+    case:Case,
+    severity:str,
+    metric:str|None,
+    small:list[tuple[Group, _Counts]],  # variants, and their counts
+)->Finding:
     tables = by_group(table_of(case))
     each = {variant.name: dict(baseline=n.baseline, variant=n.variant, smallest_p=n.smallest_p) for variant, n in small}
     return find(
@@ -94,6 +115,7 @@ def _too_small(case:Case, severity:str, metric:str|None, small:list[tuple[Group,
         **on_groups(tables[name] for name in (case.baseline.name, *each)),
     )
 
+# %% ../../nbs/audit/16_sample.ipynb #cell-18
 @check("sample-too-small", "too few runs for the test ever to reach its threshold", given="part", weighed=True)
 def check_sample_too_small(case:Case)->Iterator[Finding]:
     "Serious for fewer than three on a side; a warning for fewer than five, and where p cannot be small enough."

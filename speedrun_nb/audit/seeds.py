@@ -10,20 +10,24 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 import pandas as pd
+
 from .counted import counted, label_of, qualities
 from .findings import Finding, check, find
-
 from ..core.words import count, listed
 from ..evidence.case import Case
 
 # %% ../../nbs/audit/06_seeds.ipynb #cell-05
 _FEW_PAIRS = 90  # of other groups tell too little
 
-def _equal_pairs(runs:pd.DataFrame, names:list[str])->int:
+def _equal_pairs(
+    runs:pd.DataFrame,  # of one group
+    names:list[str],    # of quality metrics
+)->int:
     "Ordered pairs of runs with equal results."
     sizes = np.bincount(runs.groupby(names, dropna=False).ngroup())
     return int((sizes * (sizes - 1)).sum())
 
+# %% ../../nbs/audit/06_seeds.ipynb #cell-07
 def _coincidence(
     table:pd.DataFrame,
     names:list[str],  # of quality metrics
@@ -37,7 +41,7 @@ def _coincidence(
     coarse = np.allclose(own, own.round(3), rtol=0, atol=1e-9, equal_nan=True)
     return 0.25 if coarse else 0.03
 
-# %% ../../nbs/audit/06_seeds.ipynb #cell-07
+# %% ../../nbs/audit/06_seeds.ipynb #cell-09
 def _constant(
     table:pd.DataFrame,
     names:list[str],  # of quality metrics
@@ -52,29 +56,46 @@ def _constant(
     suspects = [(number, int(seeds[number]), most) for number, most in zip(size.index[flat], limit[flat], strict=True)]
     return {number: n for number, n, most in suspects if _coincidence(table, names, number) ** (n - 1) < most}
 
-def _inert(case:Case, number:int, runs:pd.DataFrame, seeds:int, how:str)->Finding:
+# %% ../../nbs/audit/06_seeds.ipynb #cell-11
+def _inert(
+    case:Case,
+    number:int,         # of the group
+    runs:pd.DataFrame,
+    seeds:int,          # how many
+    how:str,            # the rest of the sentence
+)->Finding:
     "The finding on one group; `how` ends the sentence."
     name, first = case.groups[number].name, runs.iloc[0]
+    results = {metric: first[metric] for metric in qualities(case) if np.isfinite(first[metric])}
     return find(
         severity="serious",
         message=f"{count(len(runs))} of {name} with {count(seeds, 'different seed')} {how}",
-        remedy="Make the seed reach initialisation, data order and augmentation, see that the network learns, and run the group again.",
+        remedy="Make the seed reach initialisation, data order and augmentation, see that the network learns, "
+               "and run the group again.",
         groups=[name],
         runs=runs["run_id"],
-        figures=dict(runs=len(runs), seeds=seeds, results={m: first[m] for m in qualities(case) if np.isfinite(first[m])}),
+        figures=dict(runs=len(runs), seeds=seeds, results=results),
     )
 
-# %% ../../nbs/audit/06_seeds.ipynb #cell-08
-def _all_alike(case:Case, constant:dict[int, int])->Iterator[Finding]:
+# %% ../../nbs/audit/06_seeds.ipynb #cell-12
+def _all_alike(
+    case:Case,
+    constant:dict[int, int],  # number of a group -> how many seeds, see `_constant`
+)->Iterator[Finding]:
     "Groups that end with one result."
     table, metrics = counted(case), case.study.metrics
     for number, seeds in constant.items():
         runs = table[table["group"] == number]
         names = [name for name in qualities(case) if runs[name].notna().all()]
         shown = listed((f"{label_of(case, name)} {metrics[name].show(runs[name].iloc[0])}" for name in names), most=4)
-        yield _inert(case, number, runs, seeds, f"all end with {shown}: either the seed has no effect, or training failed to learn.")
+        how = f"all end with {shown}: either the seed has no effect, or training failed to learn."
+        yield _inert(case, number, runs, seeds, how)
 
-def _some_alike(case:Case, constant:dict[int, int])->Iterator[Finding]:
+# %% ../../nbs/audit/06_seeds.ipynb #cell-14
+def _some_alike(
+    case:Case,
+    constant:dict[int, int],  # number of a group -> how many seeds, see `_constant`
+)->Iterator[Finding]:
     "Other groups in which different seeds computed the same."
     table = counted(case)
     known = table[table["identity"].notna() & table["seed"].notna() & ~table["group"].isin(list(constant))]
@@ -84,7 +105,7 @@ def _some_alike(case:Case, constant:dict[int, int])->Iterator[Finding]:
         how = "computed the same as another with a different seed, to the last bit: the seed has no effect."
         yield _inert(case, number, runs, runs["seed"].nunique(), how)
 
-# %% ../../nbs/audit/06_seeds.ipynb #cell-10
+# %% ../../nbs/audit/06_seeds.ipynb #cell-16
 _NOISE = 1e-3  # relative; rounding in 16 bits averages to far less over a validation set
 
 def first_loss(
@@ -98,16 +119,18 @@ def first_loss(
     known = [start for start in starts if isinstance(start, (int, float)) and np.isfinite(start)]
     return float(known[0]) if known else None
 
+# %% ../../nbs/audit/06_seeds.ipynb #cell-18
 def _starts(runs:pd.DataFrame)->pd.DataFrame:
     "The runs of a group that start elsewhere than another with their seed on their machine: run_id, seed, host, start."
     hosts = runs["host_id"] if "host_id" in runs else None
     first = [first_loss(curve) for curve in runs["curve"]]
-    known = pd.DataFrame(dict(run_id=runs["run_id"], seed=runs["seed"], host=hosts, start=first)).dropna(subset=["seed", "start"])
+    columns = dict(run_id=runs["run_id"], seed=runs["seed"], host=hosts, start=first)
+    known = pd.DataFrame(columns).dropna(subset=["seed", "start"])
     if not len(known): return known
     same = known.groupby(["seed", "host"], dropna=False)["start"]
     return known[(same.transform("max") - same.transform("min")) > _NOISE * known["start"].abs()]
 
-# %% ../../nbs/audit/06_seeds.ipynb #cell-11
+# %% ../../nbs/audit/06_seeds.ipynb #cell-19
 def _different_starts(case:Case)->Iterator[Finding]:
     "Groups in which one seed gives several initial networks."
     for group in case.groups:
@@ -127,6 +150,7 @@ def _different_starts(case:Case)->Iterator[Finding]:
             figures=dict(seed=int(seed), losses=losses),
         )
 
+# %% ../../nbs/audit/06_seeds.ipynb #cell-21
 @check("inert-seed", "the seed has no effect")
 def check_inert_seed(case:Case)->Iterator[Finding]:
     "Different seeds with equal results (serious), or one seed with different initial networks (warning)."
@@ -135,7 +159,7 @@ def check_inert_seed(case:Case)->Iterator[Finding]:
     yield from _some_alike(case, constant)
     yield from _different_starts(case)
 
-# %% ../../nbs/audit/06_seeds.ipynb #cell-15
+# %% ../../nbs/audit/06_seeds.ipynb #cell-25
 def _correlation(
     runs:pd.DataFrame,  # of one group
     metric:str,
@@ -143,33 +167,47 @@ def _correlation(
     "The correlation between the two machines (or repeats) with most runs, over the seeds that both have."
     by = "host_id" if runs["host_id"].nunique() > 1 else "repeat"
     largest = runs[by].value_counts().index[:2]
-    first, second = (runs[runs[by] == place].drop_duplicates("seed").set_index("seed")[metric].dropna() for place in largest)
+    def by_seed(place): return runs[runs[by] == place].drop_duplicates("seed").set_index("seed")[metric].dropna()
+    first, second = map(by_seed, largest)
     both = first.index.intersection(second.index)
     if len(both) < 10 or np.ptp(first[both]) == 0 or np.ptp(second[both]) == 0: return None
     return float(np.corrcoef(first[both], second[both])[0, 1]), len(both)
 
-def _correlations(case:Case, runs:pd.DataFrame)->dict[str, tuple[float, int]]:
+# %% ../../nbs/audit/06_seeds.ipynb #cell-27
+def _correlations(
+    case:Case,
+    runs:pd.DataFrame,  # that share seeds
+)->dict[str, tuple[float, int]]:
     "By metric: correlation, number of seeds."
     found = {metric: _correlation(runs, metric) for metric in [*qualities(case)[:1], "time_seconds"]}
     return {metric: each for metric, each in found.items() if each}
 
-# %% ../../nbs/audit/06_seeds.ipynb #cell-16
-def _used_again(case:Case, number:int, runs:pd.DataFrame, severity:str, where:str)->Finding:
+# %% ../../nbs/audit/06_seeds.ipynb #cell-28
+def _used_again(
+    case:Case,
+    number:int,         # of the group
+    runs:pd.DataFrame,  # that share seeds
+    severity:str,
+    where:str,          # a part of the sentence
+)->Finding:
     "The finding on one group, of which these runs share seeds."
     name, seeds = case.groups[number].name, sorted(int(seed) for seed in set(runs["seed"]))
     correlations = _correlations(case, runs) if severity == "note" else {}
     words = [f"{r:.2f} in {label_of(case, metric)} ({n} seeds)" for metric, (r, n) in correlations.items()]
     shown = f" Results of one seed correlate by {listed(words, most=4)}." if words else ""
+    rounded = {metric: round(r, 4) for metric, (r, _) in correlations.items()}
     return find(
         severity=severity,
         message=f"{count(len(seeds), 'seed')} of {name} {'was' if len(seeds) == 1 else 'were'} used {where} "
-                f"({count(len(runs))}; seeds {listed(seeds, most=4)}), so these runs are not independent of each other.{shown}",
+                f"({count(len(runs))}; seeds {listed(seeds, most=4)}), "
+                f"so these runs are not independent of each other.{shown}",
         remedy="Give every run a seed of its own, or analyse by seed.",
         groups=[name],
         runs=runs["run_id"],
-        figures=dict(seeds=len(seeds), runs=len(runs), correlation={m: round(r, 4) for m, (r, _) in correlations.items()}),
+        figures=dict(seeds=len(seeds), runs=len(runs), correlation=rounded),
     )
 
+# %% ../../nbs/audit/06_seeds.ipynb #cell-30
 @check("repeated-seed", "a seed was used more than once")
 def check_repeated_seed(case:Case)->Iterator[Finding]:
     "A seed used twice on one machine (warning), or on several machines or in deliberate repeats (note)."

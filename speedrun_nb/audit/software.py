@@ -6,10 +6,11 @@
 __all__ = ['SOFTWARE', 'check_mixed_clocks', 'declared', 'separated', 'check_mixed_software']
 
 # %% ../../nbs/audit/14_software.ipynb #cell-02
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import pandas as pd
+
 from speedrun_nb.audit.conditions import (
     beside_baseline,
     brief,
@@ -22,13 +23,16 @@ from speedrun_nb.audit.conditions import (
     table_of,
 )
 from .findings import Finding, check, find
-
 from ..core.study import Metric
 from ..core.words import listed
 from ..evidence.case import Case
 
 # %% ../../nbs/audit/14_software.ipynb #cell-05
-def _clocks(message:str, tables:list[pd.DataFrame], **figures)->Finding:
+def _clocks(
+    message:str,
+    tables:list[pd.DataFrame],  # the runs of each group concerned
+    **figures,
+)->Finding:
     return find(
         severity="serious",
         message=message,
@@ -38,6 +42,7 @@ def _clocks(message:str, tables:list[pd.DataFrame], **figures)->Finding:
         **on_groups(tables),
     )
 
+# %% ../../nbs/audit/14_software.ipynb #cell-07
 @check("mixed-clocks", "times were measured by different clocks", given="part")
 def check_mixed_clocks(case:Case)->Iterator[Finding]:
     "Different clocks within a group or on the two sides of a comparison; always serious."
@@ -53,7 +58,7 @@ def check_mixed_clocks(case:Case)->Iterator[Finding]:
         message = f"Times of {name_of(base)} and of {name_of(rows)} were measured by different clocks: {which}."
         yield _clocks(message, [base, rows], baseline=there, variant=here)
 
-# %% ../../nbs/audit/14_software.ipynb #cell-09
+# %% ../../nbs/audit/14_software.ipynb #cell-11
 @dataclass(frozen=True)
 class _Part:
     "Something that runs are made with."
@@ -81,13 +86,14 @@ SOFTWARE = {
     "os": _Part("the operating system", "note"),
 }
 
-# %% ../../nbs/audit/14_software.ipynb #cell-11
+# %% ../../nbs/audit/14_software.ipynb #cell-13
 _DATA = "data file "  # begins the name of a column with the digest of a file
 
 def _is_looked_at(column:str)->bool: return column in SOFTWARE or column.startswith(_DATA)
 
 def _part(column:str)->_Part: return SOFTWARE["data" if column.startswith(_DATA) else column]
 
+# %% ../../nbs/audit/14_software.ipynb #cell-15
 def declared(
     column:str,                         # a key of `SOFTWARE`, or "data file ..."
     baseline:Mapping, variant:Mapping,  # settings by dotted name
@@ -97,24 +103,31 @@ def declared(
     changed = [name.lower() for name in {*baseline, *variant} if baseline.get(name) != variant.get(name)]
     return any(word in name for name in changed for word in _part(column).settings)
 
-def _called(column:str, *values)->str:
+# %% ../../nbs/audit/14_software.ipynb #cell-17
+def _called(
+    column:str,  # a key of `SOFTWARE`, or "data file ..."
+    *values,     # lists of values
+)->str:
     "`torch (2.7; 2.8)`"
     label = column if column.startswith(_DATA) else _part(column).label
     return f"{label} ({'; '.join(listed(map(brief, each), most=3) for each in values)})"
 
-# %% ../../nbs/audit/14_software.ipynb #cell-14
+# %% ../../nbs/audit/14_software.ipynb #cell-20
 def _varying(table:pd.DataFrame)->list[str]:
     "Software, code and data that are not the same throughout."
     return [column for column in table if _is_looked_at(column) and len(known(table[column])) > 1]
 
-def _telling(columns:list[str], *sides:pd.DataFrame)->list[str]:
+def _telling(
+    columns:list[str],
+    *sides:pd.DataFrame,  # runs of a group, or of two
+)->list[str]:
     "Those of them that say something about these runs."
     ignored = set()
     if all(side["package_hash"].notna().all() for side in sides): ignored.add("commit")
     if any(side["host_id"].isna().any() for side in sides): ignored.add("os")
     return [column for column in columns if column not in ignored]
 
-# %% ../../nbs/audit/14_software.ipynb #cell-16
+# %% ../../nbs/audit/14_software.ipynb #cell-22
 def separated(
     base:pd.DataFrame,
     rows:pd.DataFrame,
@@ -128,32 +141,49 @@ def separated(
         if there and here and not there & here: return sorted(there), sorted(here)
     return None
 
-def _differing(case:Case, table:pd.DataFrame)->Iterator[tuple]:
-    "For each variant, by severity: runs of the baseline, runs of the variant, severity, column -> values of either side."
+# %% ../../nbs/audit/14_software.ipynb #cell-24
+def _differing(
+    case:Case,
+    table:pd.DataFrame,  # of `table_of`
+)->Iterator[tuple]:
+    "For each variant, by severity: runs of either side, severity, column -> values of either side."
     configs, varying = {group.name: group.config for group in case.groups}, _varying(table)
     for base, rows in beside_baseline(case, table):
         mine, theirs = configs[name_of(rows)], configs[name_of(base)]
         found = {column: separated(base, rows, column) for column in _telling(varying, base, rows)}
         found = {column: sides for column, sides in found.items() if sides and not declared(column, theirs, mine)}
         for severity in dict.fromkeys(_part(column).severity for column in found):
-            yield base, rows, severity, {column: sides for column, sides in found.items() if _part(column).severity == severity}
+            these = {column: sides for column, sides in found.items() if _part(column).severity == severity}
+            yield base, rows, severity, these
 
-# %% ../../nbs/audit/14_software.ipynb #cell-18
-def _between(severity:str, differing:dict, tables:list[pd.DataFrame])->Finding:
+# %% ../../nbs/audit/14_software.ipynb #cell-26
+def _as_many(columns:Iterable[str])->str: return " on as many processes" if "ranks" in columns else ""
+
+def _between(
+    severity:str,
+    differing:dict,             # column -> values of either side
+    tables:list[pd.DataFrame],  # the runs of each group concerned
+)->Finding:
     "The finding on a baseline and variants that differ from it alike."
     names = [name_of(rows) for rows in tables]
+    differs = {column: dict(baseline=there, variant=here) for column, (there, here) in differing.items()}
     what = listed((_called(column, *sides) for column, sides in differing.items()), most=4)
-    end = ", in all runs that tell: whatever that changes is counted as an effect of the variant." if severity == "serious" else "."
+    counted = ", in all runs that tell: whatever that changes is counted as an effect of the variant"
+    end = counted if severity == "serious" else ""
     return find(
         severity=severity,
-        message=f"Not the same in {names[0]} and in {listed(names[1:], most=4)}: {what}{end}",
-        remedy=f"Run all with the same software and data{' on as many processes' if 'ranks' in differing else ''}, in turns.",
-        figures=dict(differs={column: dict(baseline=there, variant=here) for column, (there, here) in differing.items()}),
+        message=f"Not the same in {names[0]} and in {listed(names[1:], most=4)}: {what}{end}.",
+        remedy=f"Run all with the same software and data{_as_many(differing)}, in turns.",
+        figures=dict(differs=differs),
         metric=_TIME if all(_part(column).metric for column in differing) else None,
         **on_groups(tables),
     )
 
-def _software_between(case:Case, table:pd.DataFrame)->list[Finding]:
+# %% ../../nbs/audit/14_software.ipynb #cell-28
+def _software_between(
+    case:Case,
+    table:pd.DataFrame,  # of `table_of`
+)->list[Finding]:
     "What separates a variant from the baseline."
     alike = {}
     for base, rows, severity, differing in _differing(case, table):
@@ -162,26 +192,36 @@ def _software_between(case:Case, table:pd.DataFrame)->list[Finding]:
         tables.append(rows)
     return [_between(severity, differing, tables) for (severity, *_), (differing, tables) in alike.items()]
 
-# %% ../../nbs/audit/14_software.ipynb #cell-23
-def _severity_within(rows:pd.DataFrame, column:str)->str:
+# %% ../../nbs/audit/14_software.ipynb #cell-33
+def _severity_within(
+    rows:pd.DataFrame,  # of one group
+    column:str,         # a key of `SOFTWARE`, or "data file ..."
+)->str:
     "How bad it is that runs of one group differ in this."
     by_machine = (rows.groupby("place")[column].nunique() <= 1).all()
     if by_machine or _part(column).severity == "note": return "note"
     return "serious" if column == "ranks" else "warning"
 
-def _within(severity:str, columns:dict, tables:list[pd.DataFrame])->Finding:
+# %% ../../nbs/audit/14_software.ipynb #cell-35
+def _within(
+    severity:str,
+    columns:dict,               # column -> values
+    tables:list[pd.DataFrame],  # the runs of each group concerned
+)->Finding:
     "The finding on groups that differ among themselves alike."
     what = listed((_called(column, values) for column, values in columns.items()), most=4)
     by_machine = severity == "note" and all(_part(column).severity != "note" for column in columns)
+    end = ", the same on each machine" if by_machine else ""
     return find(
         severity=severity,
-        message=f"Runs of {listed(map(name_of, tables), most=4)} differ among themselves in {what}{', the same on each machine' if by_machine else ''}.",
-        remedy=f"Make all runs of a comparison with the same software and data{' on as many processes' if 'ranks' in columns else ''}.",
+        message=f"Runs of {listed(map(name_of, tables), most=4)} differ among themselves in {what}{end}.",
+        remedy=f"Make all runs of a comparison with the same software and data{_as_many(columns)}.",
         figures=dict(differs=columns),
         metric=_TIME if set(columns) == {"ranks"} else None,
         **on_groups(tables),
     )
 
+# %% ../../nbs/audit/14_software.ipynb #cell-37
 def _software_within(table:pd.DataFrame)->list[Finding]:
     "Runs of one group with different software; groups with the same differences in one finding, unless it is serious."
     varying, alike, merged = _varying(table), {}, {}
@@ -197,10 +237,15 @@ def _software_within(table:pd.DataFrame)->list[Finding]:
         columns[column] = list(values)
     return [_within(severity, columns, tables) for (severity, *_), (columns, tables) in merged.items()]
 
-# %% ../../nbs/audit/14_software.ipynb #cell-25
+# %% ../../nbs/audit/14_software.ipynb #cell-39
 _SURE = 0.001  # p below which qualities do differ
 
-def _code_differs(rows:pd.DataFrame, metric:Metric, column:str, p:float)->Finding:
+def _code_differs(
+    rows:pd.DataFrame,  # of one group
+    metric:Metric,      # that differs
+    column:str,         # a key of `SOFTWARE`, or "data file ..."
+    p:float,            # of no difference
+)->Finding:
     means = rows.groupby(column)[metric.name].mean().to_dict()
     each = listed((f"{metric.show(mean)} with {brief(code)}" for code, mean in means.items()), most=4)
     return find(
@@ -213,7 +258,11 @@ def _code_differs(rows:pd.DataFrame, metric:Metric, column:str, p:float)->Findin
         **on_groups([rows]),
     )
 
-def _code_within(case:Case, table:pd.DataFrame)->Iterator[Finding]:
+# %% ../../nbs/audit/14_software.ipynb #cell-41
+def _code_within(
+    case:Case,
+    table:pd.DataFrame,  # of `table_of`
+)->Iterator[Finding]:
     "Runs with equal settings from different code differ in quality."
     qualities = [metric for metric in case.study.metrics.values() if metric.quality]
     for rows in by_group(table).values():
@@ -222,7 +271,7 @@ def _code_within(case:Case, table:pd.DataFrame)->Iterator[Finding]:
             p = differ(rows[metric.name], rows[column])
             if p is not None and p < _SURE / len(qualities): yield _code_differs(rows, metric, column, p)
 
-# %% ../../nbs/audit/14_software.ipynb #cell-26
+# %% ../../nbs/audit/14_software.ipynb #cell-42
 @check("mixed-software", "runs of different software, code, data or number of processes are compared", given="part")
 def check_mixed_software(case:Case)->list[Finding]:
     "Serious where it separates a variant from the baseline; less within a group."

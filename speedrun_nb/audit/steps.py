@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from scipy import stats
+
 from .counted import column, numbers
 from .findings import Finding, check, find, origins
-
 from ..core.words import count
 from ..evidence.case import Case
 from ..evidence.groups import Group
@@ -32,8 +32,9 @@ class Intervals:
     times:np.ndarray  # (runs, n) time of a step in it
     steps:np.ndarray  # (runs, n) steps in it
 
+# %% ../../nbs/audit/07_steps.ipynb #cell-07
 def _clock(curve)->tuple|None:
-    "What a curve tells the time by, and at how many places: `step_ms`, or the running `time_seconds`, by step or epoch."
+    "What tells the time (`step_ms`, or the running `time_seconds`), by step or epoch, and at how many places."
     if not isinstance(curve, Mapping): return None
     mark = "step" if curve.get("step") else "epoch"
     time = "step_ms" if curve.get("step_ms") else "time_seconds"
@@ -41,23 +42,38 @@ def _clock(curve)->tuple|None:
     places = len(curve[mark])
     return (mark, time, places) if places == len(curve[time]) and places >= 2 * _WINDOW else None
 
-# %% ../../nbs/audit/07_steps.ipynb #cell-06
-def _matrix(curves:list, name:str, places:int)->np.ndarray|None:
+# %% ../../nbs/audit/07_steps.ipynb #cell-08
+def _matrix(
+    curves:list,  # of one shape
+    name:str,     # of a part of the curves
+    places:int,   # how many a curve has
+)->np.ndarray|None:
     "(runs, places) numbers; None for lists within lists."
     cells = np.array([curve[name] for curve in curves], object)
     if cells.shape != (len(curves), places): return None
     return numbers(cells.ravel()).reshape(cells.shape)
 
-def _steps_and_times(ends:np.ndarray, times:np.ndarray, running:bool)->tuple[np.ndarray, np.ndarray, np.ndarray]:
-    "(runs, places) steps of each interval, time of a step in it, and whether both are known; the first interval is not."
+# %% ../../nbs/audit/07_steps.ipynb #cell-10
+def _steps_and_times(
+    ends:np.ndarray,   # (runs, places) steps or epochs
+    times:np.ndarray,  # (runs, places) times, of a step or running
+    running:bool,      # is it the time since the start?
+)->tuple[np.ndarray, np.ndarray, np.ndarray]:
+    "Steps of each interval, time of a step in it, and whether both are known (the first is not); each (runs, places)."
     steps = np.diff(ends, prepend=np.nan if running else 0.0)
     if running: times = np.diff(times, prepend=np.nan) / np.where(steps > 0, steps, np.nan)
     known = np.isfinite(times) & np.isfinite(steps) & (steps > 0) & (np.nan_to_num(times) > 0)
     if not running: known[np.arange(len(known)), known.argmax(axis=1)] = False
     return steps, times, known
 
-# %% ../../nbs/audit/07_steps.ipynb #cell-07
-def _of_one_shape(rows:np.ndarray, curves:list, mark:str, time:str, places:int)->Iterator[Intervals]:
+# %% ../../nbs/audit/07_steps.ipynb #cell-11
+def _of_one_shape(
+    rows:np.ndarray,  # which runs these are
+    curves:list,      # of these runs
+    mark:str,         # step or epoch
+    time:str,         # step_ms or time_seconds
+    places:int,       # how many a curve has
+)->Iterator[Intervals]:
     "Intervals of runs whose curves have the same clock, taken together where the same ones are known."
     ends, times = _matrix(curves, mark, places), _matrix(curves, time, places)
     if ends is None or times is None: return
@@ -69,6 +85,7 @@ def _of_one_shape(rows:np.ndarray, curves:list, mark:str, time:str, places:int)-
         for piece in np.array_split(mine, 1 + len(mine) // _PIECE):
             yield Intervals(rows[piece], *(part[piece][:, pattern] for part in (ends, times, steps)))
 
+# %% ../../nbs/audit/07_steps.ipynb #cell-13
 def interval_times(
     curves:Iterable,  # of runs' records
 )->list[Intervals]:
@@ -76,16 +93,19 @@ def interval_times(
     curves, alike = list(curves), {}
     for row, curve in enumerate(curves):
         if clock := _clock(curve): alike.setdefault(clock, []).append(row)
-    return [each for clock, rows in alike.items() for each in _of_one_shape(np.array(rows), [curves[row] for row in rows], *clock)]
+    found = []
+    for clock, rows in alike.items(): found += _of_one_shape(np.array(rows), [curves[row] for row in rows], *clock)
+    return found
 
-# %% ../../nbs/audit/07_steps.ipynb #cell-11
+# %% ../../nbs/audit/07_steps.ipynb #cell-17
 JUMP = 1.15  # ratio of the step times after and before
 
 def find_jumps(
     times:np.ndarray,   # (runs, intervals) time of a step
-)->tuple:               # (runs,) first interval after the largest rise; (runs,) levels before and after it; (runs,) how clear it is: above 1 it is a jump
-    "The largest lasting rise of every run."
-    windows = np.sort(np.lib.stride_tricks.sliding_window_view(times, _WINDOW, axis=1), axis=2)  # (runs, intervals - 2, 3)
+)->tuple:               # first interval after the largest rise; levels before and after; how clear. Each (runs,)
+    "The largest lasting rise of every run. Where it is clearer than 1, it is a jump."
+    windows = np.lib.stride_tricks.sliding_window_view(times, _WINDOW, axis=1)
+    windows = np.sort(windows, axis=2)  # (runs, intervals - 2, 3)
     before, after = windows[:, :-_WINDOW], windows[:, _WINDOW:]
     apart = after[..., 0] > before[..., -1]
     ratio = np.where(apart, after[..., 1] / before[..., 1], 0.0)
@@ -96,8 +116,11 @@ def find_jumps(
     clear = (high - low) / np.maximum(far * noise, 1e-9 * low)
     return at + _WINDOW, low, high, np.where(ratio[rows, at] > JUMP, clear, 0.0)
 
-# %% ../../nbs/audit/07_steps.ipynb #cell-15
-def _jumps_in(intervals:Intervals, faster:bool)->pd.DataFrame:
+# %% ../../nbs/audit/07_steps.ipynb #cell-21
+def _jumps_in(
+    intervals:Intervals,
+    faster:bool,          # drops instead
+)->pd.DataFrame:
     "The largest jump (or drop) of each run; see `_jumps`."
     times, ends, steps = intervals.times, intervals.ends, intervals.steps
     at, low, high, clear = find_jumps(times[:, ::-1] if faster else times)
@@ -117,28 +140,40 @@ def _jumps_in(intervals:Intervals, faster:bool)->pd.DataFrame:
         whole=(times * steps).sum(axis=1),
     ))
 
+# %% ../../nbs/audit/07_steps.ipynb #cell-23
 def _jumps(
     case:Case,
     series:list[Intervals],
     faster:bool,    # drops instead
-)->pd.DataFrame:    # group, row in it, clear, levels low and high, steps early, before and at, end, seconds in excess and whole
+)->pd.DataFrame:    # group, row in it, and the columns of `_jumps_in`
     "Every run whose curve tells step times, with its largest jump."
     sizes = [len(g.runs) for g in case.groups]
     groups, rows = np.repeat(np.arange(len(sizes)), sizes), np.concatenate([np.arange(size) for size in sizes])
     found = [_jumps_in(each, faster).assign(group=groups[each.rows], row=rows[each.rows]) for each in series]
     return pd.concat(found, ignore_index=True)
 
-# %% ../../nbs/audit/07_steps.ipynb #cell-17
+# %% ../../nbs/audit/07_steps.ipynb #cell-25
 _SCHEDULE = re.compile(r"epoch|step|iter|until|from|stage|curricul|warm|schedule|unfreeze|fraction|at$", re.I)
 _VARIES = re.compile(r"curriculum$|depth_warming$")  # change the work of a step somewhere within the run
 _CAUSES = re.compile(r"recompil|dynamo|fall.?back|eager|throttl|cache_size_limit|out of memory|graph break", re.I)
 
-def _falls_between(value, before:float, at:float, total:float)->bool:
+def _falls_between(
+    value,         # of a setting
+    before:float,  # step before the jump
+    at:float,      # step of the jump
+    total:float,   # last step
+)->bool:
     "Is a value, or one in a list, a moment (a step, or a fraction of all) between two others?"
     values = [v for v in (value if isinstance(value, (list, tuple)) else [value]) if type(v) in (int, float)]
     return any(v < total and before < (v if v >= 1 else v * total) <= at for v in values)
 
-def _scheduled(config, before:float, at:float, total:float)->str|None:
+# %% ../../nbs/audit/07_steps.ipynb #cell-27
+def _scheduled(
+    config,        # settings by dotted name
+    before:float,  # step before the jump
+    at:float,      # step of the jump
+    total:float,   # last step
+)->str|None:
     "A setting that changes something between two steps."
     for name, value in (config if isinstance(config, Mapping) else {}).items():
         if _VARIES.search(name) and (value is True or (isinstance(value, str) and value != "none")): return name
@@ -146,28 +181,36 @@ def _scheduled(config, before:float, at:float, total:float)->str|None:
         if moment and _falls_between(value, before, at, total): return name
     return None
 
+# %% ../../nbs/audit/07_steps.ipynb #cell-29
 def _noted(found:dict)->list[str]:
     "What the logs say of causes; `found`: batch -> provenance."
     notes = [str(note) for p in found.values() for note in p.get("notes") or []]
     return list(dict.fromkeys(note for note in notes if _CAUSES.search(note)))
 
-# %% ../../nbs/audit/07_steps.ipynb #cell-20
+# %% ../../nbs/audit/07_steps.ipynb #cell-32
 _COSTLY = 0.05      # of the time
 _BY_CHANCE = 0.002  # of clean runs show a jump on a busy machine
 
-def _is_chance(jumped:pd.DataFrame, of:int)->bool:
+def _is_chance(
+    jumped:pd.DataFrame,  # the runs with a jump
+    of:int,               # how many could have one
+)->bool:
     "Are there as few jumps, and as faint, as a busy machine gives?"
     faint = jumped["clear"].max() < 3
     return faint and stats.binom.sf(len(jumped) - 1, of, _BY_CHANCE) > 0.1
 
 def _shorten(note:str)->str: return note if len(note) <= 300 else f"{note[:300]}…"
 
-def _explained(scheduled:str|None, notes:list[str])->str:
+# %% ../../nbs/audit/07_steps.ipynb #cell-34
+def _explained(
+    scheduled:str|None,  # a setting that may explain it
+    notes:list[str],     # of the log
+)->str:
     "A sentence on the cause, as far as it is known."
     if notes: return f" The log notes: {_shorten(notes[0])}."
     return f" The setting {scheduled} may explain it." if scheduled else ""
 
-# %% ../../nbs/audit/07_steps.ipynb #cell-21
+# %% ../../nbs/audit/07_steps.ipynb #cell-35
 @dataclass(frozen=True)
 class _Units:
     "What a curve counts in, and what the time of one is called."
@@ -182,11 +225,15 @@ class _Units:
 
     def place(self, jump:pd.Series)->float: return float(jump["at" if self.by_epoch else "before"])
 
-    def where(self, jump:pd.Series)->str: return f"{'in epoch' if self.by_epoch else 'near step'} {self.place(jump):.0f}"
+    def where(self, jump:pd.Series)->str:
+        return f"{'in epoch' if self.by_epoch else 'near step'} {self.place(jump):.0f}"
 
-def _units(curve:Mapping)->_Units: return _Units(by_epoch=not curve.get("step"), milliseconds=bool(curve.get("step_ms")))
+# %% ../../nbs/audit/07_steps.ipynb #cell-37
+def _units(curve:Mapping)->_Units:
+    "What a curve counts in."
+    return _Units(by_epoch=not curve.get("step"), milliseconds=bool(curve.get("step_ms")))
 
-# %% ../../nbs/audit/07_steps.ipynb #cell-22
+# %% ../../nbs/audit/07_steps.ipynb #cell-38
 def _jump(
     case:Case,
     group:Group,
@@ -207,17 +254,18 @@ def _jump(
         message=f"In {len(jumped)} of {count(of)} of {group.name} {units.time} {'drops' if faster else 'jumps'} "
                 f"from {worst['low']:.4g} to {worst['high']:.4g} {units.unit} {units.where(worst)}"
                 f"{'' if faster else cost}.{_explained(scheduled, notes)}",
-        remedy="Find the cause (a recompilation, a fallback, heat), remove it and run again; do not compare mean times across it.",
+        remedy="Find the cause (a recompilation, a fallback, heat), remove it and run again; "
+               "do not compare mean times across it.",
         groups=[group.name],
         runs=runs["run_id"],
         figures=dict(runs=len(jumped), of=of) | levels | dict(share=round(share, 4), notes=notes[:3]),
         metric="time_seconds",
     )
 
-# %% ../../nbs/audit/07_steps.ipynb #cell-23
+# %% ../../nbs/audit/07_steps.ipynb #cell-39
 @check("step-time-jump", "the time of a step jumps within a run")
 def check_step_time_jump(case:Case)->Iterator[Finding]:
-    "Steps that become slower within a run (serious where that makes more than 5 % of the group's time, unless it is meant), or faster (note)."
+    "Slower steps: serious if they make more than 5 % of the group's time and are not meant. Faster steps: a note."
     series = interval_times(column(case, "curve"))
     if not series: return
     for faster in (False, True):

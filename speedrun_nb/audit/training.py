@@ -9,9 +9,9 @@ __all__ = ['how_often', 'check_compile_fallback', 'check_resumed_runs', 'check_r
 from collections.abc import Iterator, Mapping
 
 import pandas as pd
+
 from .counted import numbers
 from .findings import Finding, check, concerned, find
-
 from ..core.words import count, listed
 from ..evidence.case import Case
 from ..evidence.groups import Group
@@ -22,19 +22,21 @@ _COUNTED = ("graphs", "recompiles", "fallbacks")
 def _compilations(group:Group)->pd.DataFrame:
     "The runs of which it was counted: run_id, graphs, recompiles, fallbacks."
     known, runs = [], group.runs
-    for run, compiled in zip(runs["run_id"], runs["compiled"] if "compiled" in runs else [None] * len(runs), strict=True):
+    column = runs["compiled"] if "compiled" in runs else [None] * len(runs)
+    for run, compiled in zip(runs["run_id"], column, strict=True):
         if not isinstance(compiled, Mapping): continue
         counts = [compiled.get(name) for name in _COUNTED]
         known.append((run, *(n if isinstance(n, int) else 0 for n in counts)))
     return pd.DataFrame(known, columns=["run_id", *_COUNTED])
 
+# %% ../../nbs/audit/08_training.ipynb #cell-07
 def how_often(values:pd.Series)->str:
     "`twice`, or `1 to 3 times`."
     low, high = values.min(), values.max()
     if low < high: return f"{low} to {high} times"
     return {1: "once", 2: "twice"}.get(high, f"{high} times")
 
-# %% ../../nbs/audit/08_training.ipynb #cell-07
+# %% ../../nbs/audit/08_training.ipynb #cell-09
 def _compiled(
     group:Group,
     runs:pd.DataFrame,  # in which something is wrong
@@ -51,6 +53,7 @@ def _compiled(
         **finding,
     )
 
+# %% ../../nbs/audit/08_training.ipynb #cell-11
 @check("compile-fallback", "part of a run was not compiled, or was compiled while it was timed")
 def check_compile_fallback(case:Case)->Iterator[Finding]:
     "Part of a run was not compiled (serious for times), or graphs were compiled while it was timed (warning)."
@@ -62,14 +65,16 @@ def check_compile_fallback(case:Case)->Iterator[Finding]:
             part = "the run" if len(fell) == 1 else "each"
             what = (f"torch.compile fell back {how_often(fell['fallbacks'])}: part of {part} was not compiled. "
                     "Whatever that cost is counted as time of the variant")
-            remedy = "Remove the cause (arguments that change from step to step, code that breaks the graph, too low a limit) and run again."
+            remedy = ("Remove the cause (arguments that change from step to step, code that breaks the graph, "
+                      "too low a limit) and run again.")
             yield _compiled(group, fell, len(runs), what, severity="serious", remedy=remedy)
         if len(again):
-            what = f"torch.compile worked within the run, {how_often(again['recompiles'])}: the time holds time of compiling"
+            often = how_often(again["recompiles"])
+            what = f"torch.compile worked within the run, {often}: the time holds time of compiling"
             remedy = "Use every shape and every graph once in the warm-up, before the clock starts."
             yield _compiled(group, again, len(runs), what, severity="warning", remedy=remedy)
 
-# %% ../../nbs/audit/08_training.ipynb #cell-11
+# %% ../../nbs/audit/08_training.ipynb #cell-15
 @check("resumed-runs", "runs that broke off and were resumed")
 def check_resumed_runs(case:Case)->Iterator[Finding]:
     "Runs that broke off and were resumed: a warning, for times."
@@ -81,8 +86,8 @@ def check_resumed_runs(case:Case)->Iterator[Finding]:
         if not n: continue
         yield find(
             severity="warning",
-            message=f"{n} of {count(of)} of {group.name} broke off and {'was' if n == 1 else 'were'} resumed (at step {steps}): "
-                    "the time was measured in two parts.",
+            message=f"{n} of {count(of)} of {group.name} broke off and {'was' if n == 1 else 'were'} resumed "
+                    f"(at step {steps}): the time was measured in two parts.",
             remedy="Leave these runs out of comparisons of time, or run them again in one piece.",
             groups=[group.name],
             runs=resumed.index,
@@ -90,13 +95,14 @@ def check_resumed_runs(case:Case)->Iterator[Finding]:
             metric="time_seconds",
         )
 
-# %% ../../nbs/audit/08_training.ipynb #cell-15
+# %% ../../nbs/audit/08_training.ipynb #cell-19
 def _repeated(group:Group)->dict[str, tuple[int, int]]:
     "By run_id: tokens trained on and unique tokens, of the runs that repeat some."
     if "tokens" not in group.runs: return {}
-    known = {run: tokens for run, tokens in zip(group.runs["run_id"], group.runs["tokens"], strict=True) if isinstance(tokens, Mapping)}
-    pairs = {run: (tokens.get("trained"), tokens.get("unique")) for run, tokens in known.items()}
-    return {run: (trained, unique) for run, (trained, unique) in pairs.items() if trained and unique and trained > unique}
+    known = zip(group.runs["run_id"], group.runs["tokens"], strict=True)
+    pairs = {run: (tokens.get("trained"), tokens.get("unique")) for run, tokens in known if isinstance(tokens, Mapping)}
+    def is_repeated(trained, unique): return trained and unique and trained > unique
+    return {run: pair for run, pair in pairs.items() if is_repeated(*pair)}
 
 def _large(n:int)->str:
     "`2.674 billion`, `800 million`, `2,400`"
@@ -104,7 +110,7 @@ def _large(n:int)->str:
         if n >= size: return f"{n / size:.4g} {word}"
     return f"{n:,}"
 
-# %% ../../nbs/audit/08_training.ipynb #cell-16
+# %% ../../nbs/audit/08_training.ipynb #cell-20
 def _passes(
     names:tuple[str, ...],      # of groups
     found:dict,                 # name -> run_id -> tokens
@@ -114,14 +120,15 @@ def _passes(
     most = "up to " if len(pairs) > 1 else ""
     return find(
         severity="warning",
-        message=f"{listed(names, most=4)} trained on {most}{_large(trained)} tokens, of which {_large(unique)} are different: "
-                f"{trained / unique:.2f} passes through the data.",
+        message=f"{listed(names, most=4)} trained on {most}{_large(trained)} tokens, of which {_large(unique)} "
+                f"are different: {trained / unique:.2f} passes through the data.",
         remedy="Take enough shards for a single pass, or say how often the data were seen.",
         groups=names,
         runs=[run for name in names for run in found[name]],
         figures=dict(trained=trained, unique=unique, passes=round(trained / unique, 3)),
     )
 
+# %% ../../nbs/audit/08_training.ipynb #cell-22
 @check("repeated-data", "more training tokens than unique tokens")
 def check_repeated_data(case:Case)->Iterator[Finding]:
     "Training on more tokens than there are: a warning, one for all groups that did so alike."

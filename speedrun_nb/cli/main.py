@@ -241,7 +241,7 @@ def plan(study:StudyName, effect:Annotated[str, typer.Option(help="Relative chan
 
     Example: `speedrun plan cifar --effect 1% --margin accuracy=0.0005 --price 2.5`
     """
-    from speedrun_nb.audit.conditions import check_mixed_hosts
+    from speedrun_nb.audit.machines import check_mixed_hosts
     from speedrun_nb.core.study import load_study
     from speedrun_nb.evidence.case import make_case
     from speedrun_nb.evidence.questions import plan_case

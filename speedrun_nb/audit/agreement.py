@@ -119,11 +119,16 @@ def _agreement(
     "The agreement of two units; None where chance explains it."
     equal, of = both[both["equal"]], len(both)
     p = _chance(a[name].dropna(), b[name].dropna(), len(equal), of)
-    groups = int(a["group"].iloc[0]), int(b["group"].iloc[0])
-    if not beyond_chance(len(equal), of, p, looks[groups[0] == groups[1]]): return None
-    batches = () if whole_groups else (str(a["batch"].iloc[0]), str(b["batch"].iloc[0]))
-    rows, same_times = equal[["row_x", "row_y"]].to_numpy(), int(equal["same_time"].sum())
-    return Agreement(groups, batches, rows, of=of, expected=of * p, same_times=same_times)
+    (first, batch), (second, other) = ((rows["group"].iloc[0], str(rows["batch"].iloc[0])) for rows in (a, b))
+    if not beyond_chance(len(equal), of, p, looks[first == second]): return None
+    return Agreement(
+        groups=(int(first), int(second)),
+        batches=() if whole_groups else (batch, other),
+        rows=equal[["row_x", "row_y"]].to_numpy(),
+        of=of,
+        expected=of * p,
+        same_times=int(equal["same_time"].sum()),
+    )
 
 # %% ../../nbs/audit/03_agreement.ipynb #cell-20
 def _agreements(

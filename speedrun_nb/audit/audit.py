@@ -52,17 +52,18 @@ def results_of(
     case:Case,  # the whole, which may hold the baseline at other budgets
 )->list[Results]:
     "The comparison of every group with its baseline, as far as an audit looks at it."
-    study, baseline = case.study, part.baseline
-    if baseline is None: return []
-    rest = [group for group in part.groups if group is not baseline]
-    claims = {group.name: claim_of(study, group.variant) for group in rest}
-    metrics = {name: claim.metric if claim else "time_seconds" for name, claim in claims.items()}
-    all_p = {metric: significance(part, baseline, study.metrics[metric]) for metric in set(metrics.values())}
+    study, baseline, found = case.study, part.baseline, []
+    if baseline is None: return found
     budgets, goal = budget_groups(list(case.groups), baseline, study.budget), goal_of(case, baseline)
-    def compared(group):
-        related = related_to(all_p[metrics[group.name]], group.name)
-        return results(baseline, group, claims[group.name], study.metrics, None, budgets, goal, related)
-    return [compared(group) for group in rest]
+    all_p = {}  # by metric
+    for group in part.groups:
+        if group is baseline: continue
+        claim = claim_of(study, group.variant)
+        metric = claim.metric if claim else "time_seconds"
+        if metric not in all_p: all_p[metric] = significance(part, baseline, study.metrics[metric])
+        related = related_to(all_p[metric], group.name)
+        found.append(results(baseline, group, claim, study.metrics, None, budgets, goal, related))
+    return found
 
 # %% ../../nbs/audit/18_audit.ipynb #cell-13
 def audit_case(case:Case)->list[Finding]:

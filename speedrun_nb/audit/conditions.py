@@ -20,7 +20,6 @@ from .counted import once
 from ..evidence.case import Case
 
 # %% ../../nbs/audit/12_conditions.ipynb #cell-05
-# in the record, or else in the batch's provenance
 RECORDED = ("host_id", "clock", "device", "precision", "threads", "ranks", "package_hash", "started_at")
 TRACES = ("gpus", "cpu", "os")  # of a machine that has no name
 
@@ -28,10 +27,12 @@ def mapping_or_empty(value)->Mapping: return value if isinstance(value, Mapping)
 
 def _processors(provenance:Mapping)->dict[str, str]:
     "GPUs and their drivers, in words."
-    gpus = [gpu if isinstance(gpu, Mapping) else {"name": gpu} for gpu in provenance.get("gpus") or ()]
+    listing = provenance.get("gpus") or ()
+    gpus = [gpu if isinstance(gpu, Mapping) else {"name": gpu} for gpu in listing]
     names = Counter(gpu["name"] for gpu in gpus if gpu.get("name"))
     drivers = {str(gpu["driver_version"]) for gpu in gpus if gpu.get("driver_version")}
-    return dict(driver=", ".join(sorted(drivers)), gpus=", ".join(f"{n} x {name}" for name, n in sorted(names.items())))
+    each = [f"{n} x {name}" for name, n in sorted(names.items())]
+    return dict(driver=", ".join(sorted(drivers)), gpus=", ".join(each))
 
 # %% ../../nbs/audit/12_conditions.ipynb #cell-07
 def batch_facts(
@@ -84,13 +85,19 @@ def _finite(values:pd.Series)->pd.Series:
     return pd.to_numeric(values, errors="coerce").astype(float).replace([math.inf, -math.inf], math.nan)
 
 # %% ../../nbs/audit/12_conditions.ipynb #cell-16
+def _compilation(compiled:pd.Series)->pd.Series:
+    "What was given to torch.compile: none, model or blocks."
+    how = [mapping_or_empty(each).get("how") for each in compiled]
+    return pd.Series(how, compiled.index, dtype=object)
+
 def _recorded(case:Case)->pd.DataFrame:
     "What the records say, group after group."
     columns = ["run_id", "variant", "batch", "order", *RECORDED, "compiled", *case.study.metrics]
-    parts = [g.runs.reindex(columns=columns).astype(object).assign(group=g.name) for g in case.groups if len(g.runs)]
-    table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=[*columns, "group"])
-    compiled = [mapping_or_empty(each).get("how") for each in table.pop("compiled")]  # none, model or blocks
-    return table.assign(compilation=pd.Series(compiled, table.index, dtype=object))
+    groups = [group for group in case.groups if len(group.runs)]
+    if not groups: return pd.DataFrame(columns=[*columns, "group", "compilation"])
+    parts = [group.runs.reindex(columns=columns).astype(object).assign(group=group.name) for group in groups]
+    table = pd.concat(parts, ignore_index=True)
+    return table.assign(compilation=_compilation(table.pop("compiled")))
 
 # %% ../../nbs/audit/12_conditions.ipynb #cell-18
 def _with_facts(
@@ -107,6 +114,18 @@ def _with_facts(
     return table
 
 # %% ../../nbs/audit/12_conditions.ipynb #cell-19
+def _when_and_where(table:pd.DataFrame)->pd.DataFrame:
+    "The table with `when`, `guessed` and `place`."
+    hosts = zip(*(table[name] for name in ("host_id", *TRACES)), strict=True)
+    table = table.assign(when=_seconds(table["started_at"]), guessed=False, place=[_place(*host) for host in hosts])
+    for _, rows in table.groupby("place"):
+        if rows["when"].notna().any(): continue
+        when, guessed = _positions(rows)
+        table.loc[rows.index, "when"] = when
+        table.loc[rows.index, "guessed"] = guessed
+    return table
+
+# %% ../../nbs/audit/12_conditions.ipynb #cell-21
 @once
 def table_of(
     case:Case,
@@ -116,13 +135,9 @@ def table_of(
     if table.empty: return table.assign(when=[], guessed=[], place=[])
     table = _with_facts(case, table)
     for name in ("order", *case.study.metrics): table[name] = _finite(table[name])
-    table["when"], table["guessed"] = _seconds(table["started_at"]), False
-    table["place"] = [_place(*row) for row in zip(*(table[name] for name in ("host_id", *TRACES)), strict=True)]
-    for _, rows in table.groupby("place"):
-        if rows["when"].isna().all(): table.loc[rows.index, "when"], table.loc[rows.index, "guessed"] = _positions(rows)
-    return table.sort_values(["when", "order"], kind="stable", ignore_index=True)
+    return _when_and_where(table).sort_values(["when", "order"], kind="stable", ignore_index=True)
 
-# %% ../../nbs/audit/12_conditions.ipynb #cell-23
+# %% ../../nbs/audit/12_conditions.ipynb #cell-25
 def by_group(table:pd.DataFrame)->dict[str, pd.DataFrame]:
     "The runs of each group, in the order in which they were made."
     return dict(list(table.groupby("group", sort=True)))
@@ -137,14 +152,14 @@ def beside_baseline(
     if base is None: return
     for rows in groups.values(): yield base, rows
 
-# %% ../../nbs/audit/12_conditions.ipynb #cell-25
+# %% ../../nbs/audit/12_conditions.ipynb #cell-27
 def name_of(rows:pd.DataFrame)->str: return rows["group"].iloc[0]
 
 def known(column:pd.Series)->set[str]:
     "The words that were recorded."
     return {word for word in column.unique() if isinstance(word, str)}
 
-# %% ../../nbs/audit/12_conditions.ipynb #cell-26
+# %% ../../nbs/audit/12_conditions.ipynb #cell-28
 def brief(word:str)->str:
     "A long hash cut short, and what is the same in the names of most kernels left out."
     is_hash = re.fullmatch(r"[0-9a-f]{12,}", word)
@@ -159,7 +174,7 @@ def on_groups(
     runs = pd.concat([rows["run_id"] for rows in (tables if only is None else [only])])
     return dict(groups=[name_of(rows) for rows in tables], runs=runs)
 
-# %% ../../nbs/audit/12_conditions.ipynb #cell-28
+# %% ../../nbs/audit/12_conditions.ipynb #cell-30
 def differ(
     values:pd.Series,
     labels:pd.Series,  # what they are grouped by

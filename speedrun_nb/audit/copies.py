@@ -7,6 +7,7 @@ __all__ = ['check_copied_runs', 'differ_in_how_only', 'check_same_computation']
 
 # %% ../../nbs/audit/04_copies.ipynb #cell-02
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -142,12 +143,13 @@ def _shared(
 # %% ../../nbs/audit/04_copies.ipynb #cell-21
 def _between_groups(case:Case)->Iterator[tuple[tuple[int,int], np.ndarray, float]]:
     "Agreements between groups, the lower number first: groups, rows, how many chance gives."
-    found = agreements(case)
-    whole = {tuple(sorted(agreement.groups)) for agreement in found if not agreement.batches}
-    for agreement in found:
-        groups = tuple(sorted(agreement.groups))
-        if groups[0] == groups[1] or (groups in whole and agreement.batches): continue
-        yield groups, agreement.rows if groups == agreement.groups else agreement.rows[:, ::-1], agreement.expected
+    between = [agreement for agreement in agreements(case) if agreement.groups[0] != agreement.groups[1]]
+    whole = {frozenset(agreement.groups) for agreement in between if not agreement.batches}
+    for agreement in between:
+        if agreement.batches and frozenset(agreement.groups) in whole: continue
+        first, second = agreement.groups
+        rows = agreement.rows if first < second else agreement.rows[:, ::-1]
+        yield (min(first, second), max(first, second)), rows, agreement.expected
 
 # %% ../../nbs/audit/04_copies.ipynb #cell-23
 def _equal_groups(case:Case)->tuple[dict, dict]:
@@ -171,31 +173,57 @@ def _connected(
     return [[pair for pair in pairs if component[pair[0]] == each] for each in sorted(set(component[left]))]
 
 # %% ../../nbs/audit/04_copies.ipynb #cell-26
+@dataclass(frozen=True)
+class _Pair:
+    "Two groups with equal results."
+    names:tuple[str,str]
+    equal:int            # runs that are equal
+    of:int               # runs that could be
+    expected:float|None  # equal ones that chance gives; None where identities prove it
+
+    @property
+    def share(self)->float: return self.equal / self.of
+
+    def as_dict(self)->dict: return dict(groups=list(self.names), equal=self.equal, of=self.of)
+
+    def in_words(self)->str:
+        "`a and b hold equal results in 100 of 100 runs, to the last bit`"
+        how = "to the last bit" if self.expected is None else f"where chance gives {self.expected:.1f}"
+        return f"{' and '.join(self.names)} hold equal results in {self.equal} of {self.of} runs, {how}"
+
+# %% ../../nbs/audit/04_copies.ipynb #cell-28
+def _pair(
+    case:Case,
+    numbers:tuple[int,int],  # of the groups
+    rows:np.ndarray,         # (n, 2) that are equal
+    expected:float|None,     # see `_Pair`
+)->_Pair:
+    "How far two groups agree."
+    left, right = (case.groups[number] for number in numbers)
+    equal = min(len(set(column)) for column in rows.T.tolist())
+    return _Pair((left.name, right.name), equal, min(len(left.runs), len(right.runs)), expected)
+
+# %% ../../nbs/audit/04_copies.ipynb #cell-30
 def _same(
     case:Case,
     rows:dict,      # (group, group) -> their equal rows
     expected:dict,  # (group, group) -> how many equal ones chance gives
 )->Finding:
-    "The finding on groups that hang together: their equal rows by pair, and what chance gives."
-    agree = {pair: min(len(set(both[:, 0])), len(set(both[:, 1]))) for pair, both in rows.items()}
-    of = {pair: min(len(case.groups[number].runs) for number in pair) for pair in rows}
-    best = max(rows, key=lambda pair: (agree[pair] / of[pair], agree[pair]))
-    named = {number: case.groups[number].name for number in sorted({number for pair in rows for number in pair})}
-    first, second = (named[number] for number in best)
-    chance = f", where chance gives {expected[best]:.1f}" if best in expected else ", to the last bit"
-    more = f" So do {listed(named.values(), most=4)} among each other." if len(named) > 2 else ""
-    concerned = sorted({row for both in rows.values() for row in both.ravel().tolist()})
+    pairs = [_pair(case, numbers, both, expected.get(numbers)) for numbers, both in rows.items()]
+    best = max(pairs, key=lambda pair: (pair.share, pair.equal))
+    names = [case.groups[number].name for number in sorted(set().union(*rows))]
+    more = f" So do {listed(names, most=4)} among each other." if len(names) > 2 else ""
+    concerned = np.unique(np.concatenate(list(rows.values())))
     return find(
-        severity="serious" if agree[best] >= of[best] / 2 else "warning",
-        message=f"{first} and {second} hold equal results in {agree[best]} of {of[best]} runs{chance}. "
-                f"What should tell them apart had no effect, so comparing them shows nothing.{more}",
+        severity="serious" if best.share >= 0.5 else "warning",
+        message=f"{best.in_words()}. What should tell them apart had no effect, so comparing them shows nothing.{more}",
         remedy="Find out why the settings that differ do not reach the computation, and run one of them again.",
-        groups=named.values(),
+        groups=names,
         runs=counted(case)["run_id"].iloc[concerned],
-        figures=dict(pairs=[dict(groups=[named[i], named[j]], equal=agree[i, j], of=of[i, j]) for i, j in rows]),
+        figures=dict(pairs=[pair.as_dict() for pair in pairs]),
     )
 
-# %% ../../nbs/audit/04_copies.ipynb #cell-27
+# %% ../../nbs/audit/04_copies.ipynb #cell-31
 @check("same-computation", "a variant computes what another does")
 def check_same_computation(case:Case)->Iterator[Finding]:
     "Groups whose results are equal run by run; serious where they are in half of the runs or more."

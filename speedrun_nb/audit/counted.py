@@ -76,6 +76,7 @@ def _different(series:tuple)->int:
     try: return len({value for values in series for value in values if value is not None and value == value})
     except TypeError: return 0
 
+# %% ../../nbs/audit/02_counted.ipynb #cell-14
 def _series(curve)->tuple:
     "The results in a curve, without what they cost; empty where too little is in it to prove anything."
     if not isinstance(curve, Mapping): return ()
@@ -84,7 +85,7 @@ def _series(curve)->tuple:
     series = tuple(tuple(values) for values in lists)
     return series if _different(series) >= PROOF else ()
 
-# %% ../../nbs/audit/02_counted.ipynb #cell-14
+# %% ../../nbs/audit/02_counted.ipynb #cell-15
 def identity(
     fingerprint,   # of the run's record, or nothing
     curve,         # of the run's record, or nothing
@@ -95,7 +96,7 @@ def identity(
     series = _series(curve)
     return hash((series, results)) if series else None
 
-# %% ../../nbs/audit/02_counted.ipynb #cell-17
+# %% ../../nbs/audit/02_counted.ipynb #cell-18
 def _identities(
     case:Case,
     results:pd.DataFrame,  # quality metrics of all counted runs
@@ -111,7 +112,7 @@ def _ordered(table:pd.DataFrame)->pd.DataFrame:
     batches = table.groupby(["group", "batch"], dropna=False, sort=False)
     return table.assign(unit=batches.ngroup(), position=batches.cumcount())
 
-# %% ../../nbs/audit/02_counted.ipynb #cell-18
+# %% ../../nbs/audit/02_counted.ipynb #cell-19
 @once
 def counted(
     case:Case,

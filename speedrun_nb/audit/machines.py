@@ -41,21 +41,31 @@ def _spread_within(
     return 1.4826 * np.median(away[away > 0]) if away.any() else 0.0
 
 # %% ../../nbs/audit/13_machines.ipynb #cell-07
+def _far_apart(
+    batches:pd.DataFrame,  # median and size, from the fastest up
+    spread:float,          # within batches
+)->np.ndarray:             # (batches - 1,)
+    "Between which batches there is a gap."
+    median, below = batches["median"].to_numpy(), batches["size"].cumsum().to_numpy()
+    far = np.diff(median) > np.maximum(GAP * median[:-1], SPREADS * spread)
+    faster, slower = below[:-1], below[-1] - below[:-1]
+    return far & (faster >= _FEWEST) & (slower >= _FEWEST)
+
+# %% ../../nbs/audit/13_machines.ipynb #cell-09
 def speeds(
     rows:pd.DataFrame,  # runs of one group
 )->pd.Series:           # 0, 1, ... by run, slower with each; all 0 where there is no gap
     "Classes of batches whose times lie far apart."
     times = rows.dropna(subset=["time_seconds", "batch"])
-    batches = times.groupby("batch")["time_seconds"].agg(["median", "size"]).sort_values("median")
+    batches = times.groupby("batch")["time_seconds"].agg(["median", "size"])
+    batches = batches.sort_values("median")
     spread = _spread_within(times, batches) if len(batches) > 1 else None
     if spread is None: return pd.Series(0, rows.index)
-    median, below = batches["median"].to_numpy(), batches["size"].cumsum().to_numpy()
-    far = np.diff(median) > np.maximum(GAP * median[:-1], SPREADS * spread)
-    enough = (below[:-1] >= _FEWEST) & (below[-1] - below[:-1] >= _FEWEST)
-    classes = pd.Series(np.append(0, (far & enough).cumsum()), batches.index)
+    gaps = _far_apart(batches, spread).cumsum()
+    classes = pd.Series(np.append(0, gaps), batches.index)
     return rows["batch"].map(classes).fillna(0).astype(int)
 
-# %% ../../nbs/audit/13_machines.ipynb #cell-11
+# %% ../../nbs/audit/13_machines.ipynb #cell-13
 NAME_THEM = "Name the machines when importing, with --host or a map (--map), so that runs are compared within each."
 _SURE = 0.001  # p below which values do differ
 
@@ -69,13 +79,13 @@ def _bears_on(
     p = [differ(rows[name], labels) for name in qualities]
     return None if any(each is not None and each < _SURE / len(qualities) for each in p) else "time_seconds"
 
-# %% ../../nbs/audit/13_machines.ipynb #cell-13
+# %% ../../nbs/audit/13_machines.ipynb #cell-15
 def _traces(rows:pd.DataFrame)->dict[str, list[str]]:
     "Traces that tell machines apart: processors, kernels."
     found = {trace: sorted(known(rows[trace])) for trace in TRACES}
     return {trace: values for trace, values in found.items() if len(values) > 1}
 
-# %% ../../nbs/audit/13_machines.ipynb #cell-15
+# %% ../../nbs/audit/13_machines.ipynb #cell-17
 def _looks_like_several(
     case:Case,
     rows:pd.DataFrame,   # of one group
@@ -94,7 +104,7 @@ def _looks_like_several(
         if apart and medians.min() > 0: text += f", {percent(medians.max() / medians.min() - 1)} apart"
     return text.rstrip(";") + "."
 
-# %% ../../nbs/audit/13_machines.ipynb #cell-16
+# %% ../../nbs/audit/13_machines.ipynb #cell-18
 def _unnamed(
     case:Case,
     rows:pd.DataFrame,  # of one group
@@ -117,16 +127,16 @@ def _unnamed(
         **on_groups([rows]),
     )
 
-# %% ../../nbs/audit/13_machines.ipynb #cell-20
+# %% ../../nbs/audit/13_machines.ipynb #cell-22
 def _sides(
     base:pd.DataFrame, rows:pd.DataFrame,
-)->Iterator[tuple[str|None, pd.DataFrame, pd.DataFrame]]:  # name of the machine, runs of either side on it
-    "Runs that should come from one machine."
-    shared = known(base["host_id"]) & known(rows["host_id"])
-    for host in sorted(shared): yield host, base[base["host_id"] == host], rows[rows["host_id"] == host]
-    if not known(base["host_id"]) or not known(rows["host_id"]): yield None, base, rows
+)->list[tuple[str|None, pd.DataFrame, pd.DataFrame]]:  # name of the machine, runs of either side on it
+    "Runs that should come from one machine: of one name, or without names."
+    there, here = known(base["host_id"]), known(rows["host_id"])
+    if not there or not here: return [(None, base, rows)]
+    return [(host, base[base["host_id"] == host], rows[rows["host_id"] == host]) for host in sorted(there & here)]
 
-# %% ../../nbs/audit/13_machines.ipynb #cell-22
+# %% ../../nbs/audit/13_machines.ipynb #cell-24
 def _by_traces(
     base:pd.DataFrame,  # of the baseline
     rows:pd.DataFrame,  # of a variant
@@ -149,7 +159,7 @@ def _by_traces(
             )
     return None
 
-# %% ../../nbs/audit/13_machines.ipynb #cell-23
+# %% ../../nbs/audit/13_machines.ipynb #cell-25
 def _one_side_named(
     base:pd.DataFrame,  # of the baseline
     rows:pd.DataFrame,  # of a variant
@@ -169,7 +179,7 @@ def _one_side_named(
         **on_groups([base, rows], only=unnamed),
     )
 
-# %% ../../nbs/audit/13_machines.ipynb #cell-25
+# %% ../../nbs/audit/13_machines.ipynb #cell-27
 def _machines_apart(
     base:pd.DataFrame,  # of the baseline
     rows:pd.DataFrame,  # of a variant
@@ -177,7 +187,7 @@ def _machines_apart(
     "The machines of the baseline and of the variant are different ones, or may be."
     return _by_traces(base, rows) or _one_side_named(base, rows)
 
-# %% ../../nbs/audit/13_machines.ipynb #cell-27
+# %% ../../nbs/audit/13_machines.ipynb #cell-29
 def _one_name_for_several(rows:pd.DataFrame)->Finding|None:
     "Runs of one group that are said to come from one machine had different processors."
     found = {host: sorted(known(mine["gpus"])) for host, mine in rows.groupby("host_id")}
@@ -193,7 +203,7 @@ def _one_name_for_several(rows:pd.DataFrame)->Finding|None:
         **on_groups([rows]),
     )
 
-# %% ../../nbs/audit/13_machines.ipynb #cell-29
+# %% ../../nbs/audit/13_machines.ipynb #cell-31
 def _several_named(tables:list[pd.DataFrame])->Finding|None:
     "Runs of several machines, all named."
     several = [rows for rows in tables if rows["host_id"].nunique() > 1]
@@ -210,7 +220,7 @@ def _several_named(tables:list[pd.DataFrame])->Finding|None:
         **on_groups(several),
     )
 
-# %% ../../nbs/audit/13_machines.ipynb #cell-31
+# %% ../../nbs/audit/13_machines.ipynb #cell-33
 def _partly_named(tables:list[pd.DataFrame])->Finding|None:
     "Groups of which some runs name their machine and some do not."
     partly = [rows for rows in tables if rows["host_id"].isna().any() and rows["host_id"].notna().any()]
@@ -226,7 +236,7 @@ def _partly_named(tables:list[pd.DataFrame])->Finding|None:
         **on_groups(partly),
     )
 
-# %% ../../nbs/audit/13_machines.ipynb #cell-32
+# %% ../../nbs/audit/13_machines.ipynb #cell-34
 @check("mixed-hosts", "runs of different machines are in one sample", given="part")
 def check_mixed_hosts(case:Case)->list[Finding]:
     "Serious where machines without names must be several; a note where they are named."
@@ -238,7 +248,7 @@ def check_mixed_hosts(case:Case)->list[Finding]:
     found += [_several_named(tables), _partly_named(tables)]
     return [finding for finding in found if finding]
 
-# %% ../../nbs/audit/13_machines.ipynb #cell-36
+# %% ../../nbs/audit/13_machines.ipynb #cell-38
 def _orphans(
     base:pd.DataFrame,  # of the baseline
     rows:pd.DataFrame,  # of a variant
@@ -259,7 +269,7 @@ def _orphans(
         **on_groups([base, rows], only=orphans),
     )
 
-# %% ../../nbs/audit/13_machines.ipynb #cell-38
+# %% ../../nbs/audit/13_machines.ipynb #cell-40
 @check("no-baseline-on-host", "a machine has runs of the variant but none of the baseline", given="part")
 def check_no_baseline_on_host(case:Case)->list[Finding]:
     "A machine has runs of a variant but none of the baseline, which ran on others; always serious."

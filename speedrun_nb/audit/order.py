@@ -96,51 +96,79 @@ def check_not_interleaved(case:Case)->Iterator[Finding]:
 # %% ../../nbs/audit/15_order.ipynb #cell-18
 SERIES, STRETCH = 8, 10   # runs that a series needs, and a stretch of it
 
+def _range_of_noise(k:int)->float:
+    "The mean range of k standard normal numbers."
+    return 2 * stats.norm.ppf((k - 0.375) / (k + 0.25))
+
+# %% ../../nbs/audit/15_order.ipynb #cell-20
 def excess_range(
     parts:list[np.ndarray],  # two or more
 )->float:                    # in the unit of the values, at least 0
     "The range of the medians, less what noise gives."
-    k, medians = len(parts), np.array([np.median(part) for part in parts])
-    expected = 2 * stats.norm.ppf((k - 0.375) / (k + 0.25))  # range of so many standard normal numbers
-    rest = np.abs(np.concatenate([part - median for part, median in zip(parts, medians, strict=True)]))
-    error = 1.4826 * np.median(rest) * math.sqrt(math.pi / 2) / math.sqrt(min(map(len, parts)))
-    return float(math.sqrt(max(0.0, np.ptp(medians) ** 2 - (expected * error) ** 2)))
+    medians = np.array([np.median(part) for part in parts])
+    rest = [part - median for part, median in zip(parts, medians, strict=True)]
+    deviation = 1.4826 * np.median(np.abs(np.concatenate(rest)))
+    shortest = min(len(part) for part in parts)
+    error = deviation * math.sqrt(math.pi / 2 / shortest)
+    excess = np.ptp(medians) ** 2 - (_range_of_noise(len(parts)) * error) ** 2
+    return float(math.sqrt(max(0.0, excess)))
 
 def _differ_in_rank(parts:list[np.ndarray])->float: return float(stats.kruskal(*parts).pvalue)
 
-# %% ../../nbs/audit/15_order.ipynb #cell-20
+# %% ../../nbs/audit/15_order.ipynb #cell-22
 def _trend(values:np.ndarray)->float: return float(stats.spearmanr(np.arange(len(values)), values).pvalue)
 
-# %% ../../nbs/audit/15_order.ipynb #cell-21
+# %% ../../nbs/audit/15_order.ipynb #cell-23
+def _slow_changes(values:np.ndarray)->list[tuple[float, float]]:
+    "Tests for a trend and, in longer series, between stretches."
+    n = len(values)
+    if n < 3 * STRETCH:
+        slope = float(stats.theilslopes(values).slope)
+        return [(_trend(values), abs(slope) * (n - 1))]
+    parts = np.array_split(values, min(10, n // STRETCH))
+    size = excess_range(parts)
+    return [(_trend(values), size), (_differ_in_rank(parts), size)]
+
+# %% ../../nbs/audit/15_order.ipynb #cell-25
+def _jumps(
+    values:np.ndarray,
+    batches:np.ndarray,
+)->list[tuple[float, float]]:
+    "A test between batches, where two are long enough."
+    parts = [values[batches == batch] for batch in pd.unique(batches)]
+    long = [part for part in parts if len(part) >= SERIES]
+    return [(_differ_in_rank(long), excess_range(long))] if len(long) > 1 else []
+
+# %% ../../nbs/audit/15_order.ipynb #cell-27
 def drift_tests(
     values:np.ndarray,   # finite, in the order in which they were measured
     batches:np.ndarray,  # the batch of each
 )->list[tuple[float, float]]:  # (p, size of the drift in the unit of the values) of each test
     "Tests for a trend, for slow changes and for jumps between batches; none for few values or without spread."
-    n, tests = len(values), []
-    if n < SERIES or np.ptp(values) == 0: return []
-    if n >= 3 * STRETCH:
-        parts = np.array_split(values, min(10, n // STRETCH))
-        slow = excess_range(parts)
-        tests = [(_trend(values), slow), (_differ_in_rank(parts), slow)]
-    else: tests = [(_trend(values), abs(float(stats.theilslopes(values).slope)) * (n - 1))]
-    parts = [values[batches == batch] for batch in pd.unique(batches)]
-    long = [part for part in parts if len(part) >= SERIES]
-    return tests + [(_differ_in_rank(long), excess_range(long))] if len(long) > 1 else tests
+    if len(values) < SERIES or np.ptp(values) == 0: return []
+    return _slow_changes(values) + _jumps(values, batches)
 
-# %% ../../nbs/audit/15_order.ipynb #cell-25
+# %% ../../nbs/audit/15_order.ipynb #cell-31
 DRIFTS = 0.01  # p below which there is drift, corrected for the number of tests
 _COLUMNS = ["group", "place", "metric", "n", "p", "drift"]
 
+def _classes_of_speed(table:pd.DataFrame)->pd.Series:
+    "For runs without the name of a machine: the class that their times are in."
+    found = pd.Series(0, table.index)
+    unnamed = table[table["host_id"].isna()]
+    for _, rows in unnamed.groupby("group"): found[rows.index] = speeds(rows)
+    return found
+
+# %% ../../nbs/audit/15_order.ipynb #cell-33
 def _series_of(table:pd.DataFrame)->Iterator[tuple[str, str, pd.DataFrame]]:
     "Group, place, and runs whose order is known."
-    table = table.assign(speed=0, batch=table["batch"].astype(object).fillna(""))
-    for _, rows in table[table["host_id"].isna()].groupby("group"): table.loc[rows.index, "speed"] = speeds(rows)
-    file = table["batch"].where(table["when"].isna(), "")
+    batch = table["batch"].astype(object).fillna("")
+    table = table.assign(batch=batch, speed=_classes_of_speed(table))
+    file = batch.where(table["when"].isna(), "")
     for (group, place, *_), rows in table.groupby(["group", "place", "speed", file], sort=False):
         if rows["when"].notna().all() or rows["order"].notna().all(): yield group, place, rows
 
-# %% ../../nbs/audit/15_order.ipynb #cell-27
+# %% ../../nbs/audit/15_order.ipynb #cell-35
 def drifts(
     case:Case,
     table:pd.DataFrame,
@@ -159,7 +187,7 @@ def drifts(
     largest_first = found[found["p"] < DRIFTS].sort_values("drift", ascending=False)
     return largest_first.drop_duplicates(["group", "place", "metric"])
 
-# %% ../../nbs/audit/15_order.ipynb #cell-32
+# %% ../../nbs/audit/15_order.ipynb #cell-40
 _SIDES, _SEEN = 0.5, 0.2    # of the difference: a drift that casts doubt on it, and one that is worth a word
 
 def _severity_of(
@@ -169,7 +197,7 @@ def _severity_of(
     if taken_turns: return "note"
     return "serious" if taken_turns is False and share >= _SIDES else "warning"
 
-# %% ../../nbs/audit/15_order.ipynb #cell-34
+# %% ../../nbs/audit/15_order.ipynb #cell-42
 def _explained(
     drift:dict,          # a row of `drifts`
     base:pd.DataFrame,   # runs of the baseline
@@ -184,7 +212,7 @@ def _explained(
     if not math.isfinite(difference): return {}
     return dict(difference=difference, share=drift["drift"] / abs(difference) if difference else math.inf)
 
-# %% ../../nbs/audit/15_order.ipynb #cell-36
+# %% ../../nbs/audit/15_order.ipynb #cell-44
 def _sizes(
     case:Case,
     table:pd.DataFrame,  # of `table_of`
@@ -203,7 +231,7 @@ def _sizes(
             found.append(drift | explained | dict(severity=severity, base=base, rows=rows, variant=name_of(rows)))
     return sorted(found, key=lambda drift: (SEVERITIES.index(drift["severity"]), -drift["share"]))
 
-# %% ../../nbs/audit/15_order.ipynb #cell-38
+# %% ../../nbs/audit/15_order.ipynb #cell-46
 def _drift_words(
     case:Case,
     drift:dict,  # one of `_sizes`
@@ -218,7 +246,7 @@ def _drift_words(
     return (f"{label} of {group} drifts over a range of {size} {course}, "
             f"{share} its difference from {other} ({difference})")
 
-# %% ../../nbs/audit/15_order.ipynb #cell-40
+# %% ../../nbs/audit/15_order.ipynb #cell-48
 def _merged(found:list[dict])->dict[tuple, list[list[dict]]]:
     "Drifts by variant, and variants by what is told of them together: severity, metric, the variant if it is serious."
     every, merged = {}, {}
@@ -233,7 +261,7 @@ def _drifting_runs(drift:dict)->pd.DataFrame:
     side = drift["base"] if drift["group"] == name_of(drift["base"]) else drift["rows"]
     return side[side["place"] == drift["place"]]
 
-# %% ../../nbs/audit/15_order.ipynb #cell-41
+# %% ../../nbs/audit/15_order.ipynb #cell-49
 _IN_BLOCKS = "Run all variants in randomised blocks, so that drift meets all alike."
 _MEANING = {
     "serious": "The two were not run in turns, so drift and difference cannot be told apart.",
@@ -262,7 +290,7 @@ def _drifted(
         **on_groups([first["base"], *(drift["rows"] for drift in (first, *others))], only=runs),
     )
 
-# %% ../../nbs/audit/15_order.ipynb #cell-43
+# %% ../../nbs/audit/15_order.ipynb #cell-51
 @check("order-drift", "results drift with the order of runs", given="part")
 def check_order_drift(case:Case)->Iterator[Finding]:
     "Results drift with the order of runs: serious where a difference could come of it."

@@ -192,11 +192,15 @@ def _shift(
     return every.mean() / rest.mean() - 1 if len(rest) and rest.mean() else 0.0
 
 # %% ../../nbs/audit/10_outliers.ipynb #cell-33
-def _beside(medians:list[float], show:Callable)->str:
+def _beside(
+    medians:list[float],
+    show:Callable,
+)->str:
     "The middle of the batches."
     if len(medians) == 1: return f"beside a median of {show(medians[0])}"
     return f"beside medians from {show(min(medians))} to {show(max(medians))} in their batches"
 
+# %% ../../nbs/audit/10_outliers.ipynb #cell-34
 def _moved(
     n:int,        # outliers
     batches:int,  # that they are in
@@ -207,33 +211,42 @@ def _moved(
     them, the = "it" if n == 1 else "them", "the" if batches == 1 else "a"
     return f"With {them} the mean of {the} batch is {100 * abs(shift):.2g} % {direction}."
 
-# %% ../../nbs/audit/10_outliers.ipynb #cell-35
+# %% ../../nbs/audit/10_outliers.ipynb #cell-36
+def _how_far_moved(
+    batches:list[pd.DataFrame],  # with `odd`
+    name:str,                    # of the metric
+)->float:
+    "By what part outliers move the mean of the batch in which they move it most."
+    shifts = [_shift(batch[name].to_numpy(float), batch["odd"].to_numpy()) for batch in batches]
+    return float(max(shifts, key=abs))
+
+# %% ../../nbs/audit/10_outliers.ipynb #cell-38
 def _outlying(
     case:Case,
     number:int,         # of the group
     runs:pd.DataFrame,  # its runs, with `odd`
     name:str,           # of the metric
 )->Finding:
-    group, metric, odd = case.groups[number], case.study.metrics.get(name), runs[runs["odd"]]
-    batches = [runs[runs["unit"] == unit] for unit in odd["unit"].unique()]
-    values = [batch[name].to_numpy(float) for batch in batches]
-    shift = max((_shift(x, batch["odd"].to_numpy()) for x, batch in zip(values, batches, strict=True)), key=abs)
-    medians = [float(np.median(finite(x))) for x in values]
-    n, of = len(odd), len(finite(runs[name].to_numpy(float)))
+    group, metric = case.groups[number], case.study.metrics.get(name)
     show = metric.show if metric else "{:.4g}".format
+    odd, of = runs[runs["odd"]], len(finite(runs[name]))
+    batches = [runs[runs["unit"] == unit] for unit in odd["unit"].unique()]
+    medians = [float(np.median(finite(batch[name]))) for batch in batches]
+    n, shift = len(odd), _how_far_moved(batches, name)
+    lie = "lies" if n == 1 else "lie"
+    values = listed(map(show, odd[name]), most=4)
     return find(
         severity="warning" if n > 0.05 * of or abs(shift) > 0.01 else "note",
-        message=f"{count(n)} of the {of} of {group.name} {'lies' if n == 1 else 'lie'} far outside the spread "
-                f"of the batch in {label_of(case, name)}: {listed(map(show, odd[name]), most=4)}, {_beside(medians, show)}. "
-                f"{_moved(n, len(medians), shift)}",
+        message=f"{count(n)} of the {of} of {group.name} {lie} far outside the spread of the batch "
+                f"in {label_of(case, name)}: {values}, {_beside(medians, show)}. {_moved(n, len(medians), shift)}",
         remedy="Look for a cause; report results with and without these runs, or medians.",
         groups=[group.name],
         runs=odd["run_id"],
-        figures=dict(runs=n, of=of, values=odd[name].tolist()[:20], median=medians, shift=round(float(shift), 5)),
+        figures=dict(runs=n, of=of, values=odd[name].tolist()[:20], median=medians, shift=round(shift, 5)),
         metric=name,
     )
 
-# %% ../../nbs/audit/10_outliers.ipynb #cell-36
+# %% ../../nbs/audit/10_outliers.ipynb #cell-39
 @check("outliers", "runs far outside the spread of their group")
 def check_outliers(case:Case)->Iterator[Finding]:
     "Runs far outside the spread of their batch; a warning for more than 5 %, or if the mean moves by more than 1 %."

@@ -82,22 +82,29 @@ def _without_plans(groups:list[Group])->Finding:
     )
 
 # %% ../../nbs/audit/11_plans.ipynb #cell-15
-@check("exploratory-runs", "runs that were made outside of any frozen plan")
-def check_exploratory_runs(case:Case)->Iterator[Finding]:
-    "A note where nothing was planned, a warning where planned and exploratory runs are compared."
-    groups = [group for group in case.groups if len(group.runs)]
-    if case.plans is None or not case.own or not groups: return
-    if not case.plans:
-        yield _without_plans(groups)
-        return
-    base = [group for group in groups if case.baseline and group.name == case.baseline.name]
-    rest = [group for group in groups if group not in base] or groups
+def _beside_plans(
+    case:Case,
+    groups:list[Group],
+)->Iterator[Finding]:
+    "What is found where something was planned."
+    name = case.baseline.name if case.baseline else None
+    base = [group for group in groups if group.name == name]
+    rest = [group for group in groups if group.name != name] or groups
     mixed = [group for group in rest if all(_made(group, *base))]
     plain = [group for group in rest if group not in mixed and _made(group)[1]]
+    exploratory = [group for group in base if _made(group)[1] and group not in plain]
     if mixed: yield _mixed(list(dict.fromkeys(base + mixed)))
-    if plain: yield _unplanned(plain, but=[group for group in base if _made(group)[1] and group not in plain])
+    if plain: yield _unplanned(plain, but=exploratory)
 
-# %% ../../nbs/audit/11_plans.ipynb #cell-21
+# %% ../../nbs/audit/11_plans.ipynb #cell-17
+@check("exploratory-runs", "runs that were made outside of any frozen plan")
+def check_exploratory_runs(case:Case)->list[Finding]:
+    "A note where nothing was planned, a warning where planned and exploratory runs are compared."
+    groups = [group for group in case.groups if len(group.runs)]
+    if case.plans is None or not case.own or not groups: return []
+    return list(_beside_plans(case, groups)) if case.plans else [_without_plans(groups)]
+
+# %% ../../nbs/audit/11_plans.ipynb #cell-23
 def _claimed_metric(
     case:Case,
     plan:SweepPlan,
@@ -107,7 +114,7 @@ def _claimed_metric(
     if now := claim_of(case.study, variant): return now.metric
     return next(condition["claim"]["metric"] for condition in plan.conditions if condition["variant"] == variant)
 
-# %% ../../nbs/audit/11_plans.ipynb #cell-23
+# %% ../../nbs/audit/11_plans.ipynb #cell-25
 def _changed(
     case:Case,
     plan:SweepPlan,
@@ -126,7 +133,7 @@ def _changed(
         metric=_claimed_metric(case, plan, group.variant),
     )
 
-# %% ../../nbs/audit/11_plans.ipynb #cell-25
+# %% ../../nbs/audit/11_plans.ipynb #cell-27
 @check("claim-changed", "a claim is not what it was when the plan of its runs was frozen")
 def check_claim_changed(case:Case)->Iterator[Finding]:
     "Serious for a variant that has runs under a plan with another claim than it has now."
@@ -136,7 +143,7 @@ def check_claim_changed(case:Case)->Iterator[Finding]:
             runs = group.runs.loc[group.runs["plan"] == plan.name, "run_id"].tolist()
             if runs and group.variant in changes: yield _changed(case, plan, group, changes[group.variant], runs)
 
-# %% ../../nbs/audit/11_plans.ipynb #cell-29
+# %% ../../nbs/audit/11_plans.ipynb #cell-31
 def _known_before(
     case:Case,
     earlier:SweepPlan,
@@ -147,7 +154,7 @@ def _known_before(
     frozen = pd.Timestamp(plan.circumstances["frozen_at"])
     return case.rows[(case.rows["plan"] == earlier.name) & (started < frozen)]
 
-# %% ../../nbs/audit/11_plans.ipynb #cell-31
+# %% ../../nbs/audit/11_plans.ipynb #cell-33
 def _extended(
     case:Case,
     earlier:SweepPlan,
@@ -167,7 +174,7 @@ def _extended(
         figures=dict(earlier=earlier.name, plan=plan.name, known=len(runs)),
     )
 
-# %% ../../nbs/audit/11_plans.ipynb #cell-33
+# %% ../../nbs/audit/11_plans.ipynb #cell-35
 @check("plan-extended", "a plan was frozen when runs of an earlier one from the same file were known")
 def check_plan_extended(case:Case)->Iterator[Finding]:
     "A warning for a plan that was frozen when runs of an earlier one from the same file were known."

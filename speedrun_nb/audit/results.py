@@ -106,28 +106,36 @@ def _baseline_too(
     return f" It is not shown of {name} either ({mean})." if side.n and not side.reached else ""
 
 # %% ../../nbs/audit/17_results.ipynb #cell-23
+def _missed(c:Results)->Finding:
+    "The finding on a variant that was not shown to reach the target."
+    metric, goal, mine, base = _target_metric(c), c.target.value, c.target.variant, c.target.baseline
+    short, base_short = _short(mine, goal, metric), _short(base, goal, metric)
+    baseline, variant = _names(c)
+    mean, base_mean = metric.show(mine.mean), metric.show(base.mean)
+    misses = "short of the target of" if short else "which does not show that it reaches the target of"
+    too = _baseline_too(baseline, base, base_mean, short, base_short)
+    longer, more = "Train for longer, or say that the target is missed.", "Run more seeds."
+    beside = dict(baseline_mean=base.mean, baseline_reached=base.reached)
+    return find(
+        severity="note" if mine.p is None else "warning",
+        message=f"Mean {metric.label} of {variant} is {mean} ({count(mine.n)}), "
+                f"{misses} {metric.show(goal)}{_tested(mine, short)}{too}",
+        remedy=longer if short else more,
+        groups=_names(c),
+        figures=dict(target=goal, mean=mine.mean, n=mine.n, p=mine.p) | beside,
+        metric=c.target.metric,
+    )
+
+# %% ../../nbs/audit/17_results.ipynb #cell-25
 @check("target-missed", "the target quality was not shown to be reached", given="results", weighed=True)
 def check_target_missed(results:Iterable[Results])->Iterator[Finding]:
     "A warning where the variant was not shown to reach the speedrun's target; a note without a test."
     for c in results:
-        if c.target is None or not c.target.variant.n or c.target.variant.reached: continue
-        metric, goal, mine, base = _target_metric(c), c.target.value, c.target.variant, c.target.baseline
-        short, base_short = _short(mine, goal, metric), _short(base, goal, metric)
-        baseline, variant = _names(c)
-        misses = "short of the target of" if short else "which does not show that it reaches the target of"
-        too = _baseline_too(baseline, base, metric.show(base.mean), short, base_short)
-        beside = dict(baseline_mean=base.mean, baseline_reached=base.reached)
-        yield find(
-            severity="note" if mine.p is None else "warning",
-            message=_sentence(f"mean {metric.label} of {variant} is {metric.show(mine.mean)} ({count(mine.n)}), "
-                              f"{misses} {metric.show(goal)}{_tested(mine, short)}{too}"),
-            remedy="Train for longer, or say that the target is missed." if short else "Run more seeds.",
-            groups=_names(c),
-            figures=dict(target=goal, mean=mine.mean, n=mine.n, p=mine.p) | beside,
-            metric=c.target.metric,
-        )
+        if c.target is None: continue
+        variant = c.target.variant
+        if variant.n and not variant.reached: yield _missed(c)
 
-# %% ../../nbs/audit/17_results.ipynb #cell-27
+# %% ../../nbs/audit/17_results.ipynb #cell-29
 def _is_explained(c:Results)->bool:
     "Is a variant faster as it stands, and not shown to be at equal quality?"
     if c.frontier is None or c.frontier.time is None or c.metric.name != "time_seconds": return False
@@ -142,7 +150,7 @@ def _too_poorly_known(
     holds_raw = (low is None or low <= c.difference.absolute) and (high is None or high >= c.difference.absolute)
     return c.frontier.better is None and holds_raw
 
-# %% ../../nbs/audit/17_results.ipynb #cell-29
+# %% ../../nbs/audit/17_results.ipynb #cell-31
 def _at_equal_quality(
     c:Results,
     low:float|None,   # ends of the 95 % interval at equal quality
@@ -157,39 +165,43 @@ def _at_equal_quality(
     if low is None or high is None: return text
     return f"{text} (95 % interval {c.metric.show(low, sign=True)} to {c.metric.show(high, sign=True)})"
 
-# %% ../../nbs/audit/17_results.ipynb #cell-30
+# %% ../../nbs/audit/17_results.ipynb #cell-32
 _CONCLUSIONS = {  # by whether the variant is better at equal quality
     False: ": training for less gives the speed-up too.",
     None: ", which may be none: training for less may give the speed-up too.",
 }
 
-@check("frontier-explains", "training shorter gives the same speed-up", given="results", weighed=True)
-def check_frontier_explains(results:Iterable[Results])->Iterator[Finding]:
-    "Serious where the variant is better as it stands only; a warning where the frontier is known too poorly."
-    for c in results:
-        if not _is_explained(c): continue
-        at, better = c.frontier.time, c.frontier.better
-        low, high = at.ci95 or (None, None)
-        unclear = _too_poorly_known(c, low, high)
-        conclusion = "; that may be the whole speed-up or nothing." if unclear else _CONCLUSIONS[better]
-        more = "Run the baseline with more seeds at budgets around the variant's time."
-        claim = "Claim the distance from the frontier, not the raw difference."
-        yield find(
-            severity="warning" if unclear else "serious",
-            message=f"{_at_equal_quality(c, low, high)}{conclusion}",
-            remedy=more if unclear else claim,
-            groups=_names(c),
-            figures=dict(raw=c.difference.absolute, at_equal_quality=at.absolute) | dict(ci95=[low, high], better=better),
-            metric=c.metric.name,
-        )
+def _frontier(c:Results)->Finding:
+    "The finding on a variant that is better as it stands only."
+    at, better = c.frontier.time, c.frontier.better
+    low, high = at.ci95 or (None, None)
+    unclear = _too_poorly_known(c, low, high)
+    conclusion = "; that may be the whole speed-up or nothing." if unclear else _CONCLUSIONS[better]
+    more = "Run the baseline with more seeds at budgets around the variant's time."
+    claim = "Claim the distance from the frontier, not the raw difference."
+    differences = dict(raw=c.difference.absolute, at_equal_quality=at.absolute)
+    return find(
+        severity="warning" if unclear else "serious",
+        message=f"{_at_equal_quality(c, low, high)}{conclusion}",
+        remedy=more if unclear else claim,
+        groups=_names(c),
+        figures=differences | dict(ci95=[low, high], better=better),
+        metric=c.metric.name,
+    )
 
 # %% ../../nbs/audit/17_results.ipynb #cell-34
+@check("frontier-explains", "training shorter gives the same speed-up", given="results", weighed=True)
+def check_frontier_explains(results:Iterable[Results])->list[Finding]:
+    "Serious where the variant is better as it stands only; a warning where the frontier is known too poorly."
+    return [_frontier(c) for c in results if _is_explained(c)]
+
+# %% ../../nbs/audit/17_results.ipynb #cell-38
 def _is_lost(c:Results)->bool:
     "Is it significant alone, but not among as many as were looked at?"
     if c.family is None or None in (c.family.p, c.family.p_adjusted): return False
     return c.family.p < ALPHA <= c.family.p_adjusted
 
-# %% ../../nbs/audit/17_results.ipynb #cell-36
+# %% ../../nbs/audit/17_results.ipynb #cell-40
 def _lost(together:list[Results])->Finding:
     "The finding on comparisons with one baseline in one metric."
     first, (baseline, _) = together[0], _names(together[0])
@@ -207,7 +219,7 @@ def _lost(together:list[Results])->Finding:
         metric=first.metric.name,
     )
 
-# %% ../../nbs/audit/17_results.ipynb #cell-38
+# %% ../../nbs/audit/17_results.ipynb #cell-42
 @check(
     "uncorrected-family",
     "a difference that does not survive the correction for how many were looked at",

@@ -138,15 +138,15 @@ def _uncommitted(
 @check("uncommitted-code", "the code that ran is in no commit")
 def check_uncommitted_code(case:Case)->Iterator[Finding]:
     "Batches that ran from a working tree that differed from its commit; a note where the recorded difference is empty."
-    dirty, runs = {}, {}
+    batches, runs = {}, {}
     for group, rows in zip(case.groups, rows_of(case), strict=True):
-        batches = _dirty(origins(case, group, rows))
-        if not batches: continue
-        dirty[group.name] = batches
-        runs[group.name] = rows.loc[rows["batch"].isin(list(batches)), "run_id"].tolist()
-    for names in concerned(case, dirty):
-        batches = {batch: git for name in names for batch, git in dirty[name].items()}
-        if names: yield _uncommitted(names, batches, [run for name in names for run in runs[name]])
+        dirty = _dirty(origins(case, group, rows))
+        if not dirty: continue
+        batches[group.name] = dirty
+        runs[group.name] = rows["run_id"][rows["batch"].isin(list(dirty))]
+    for names in concerned(case, batches) if batches else ():
+        together = {batch: git for name in names for batch, git in batches[name].items()}
+        yield _uncommitted(names, together, pd.concat([runs[name] for name in names]))
 
 # %% ../../nbs/audit/09_runs.ipynb #cell-27
 def _test_data(

@@ -42,21 +42,33 @@ def _coincidence(
     return 0.25 if coarse else 0.03
 
 # %% ../../nbs/audit/06_seeds.ipynb #cell-09
-def _constant(
-    table:pd.DataFrame,
-    names:list[str],  # of quality metrics
-)->dict[int, int]:    # number of a group -> how many seeds
+def _without_spread(
+    table:pd.DataFrame,  # of `counted`
+    names:list[str],     # of quality metrics
+)->pd.DataFrame:         # of such groups: how many runs, seeds and identities
     "Groups whose runs with different (or unknown) seeds all have the same results."
-    if not names or table.empty: return {}
     groups = table.groupby("group")
-    size, seeds, results = groups.size(), groups["seed"].nunique(), groups[names]
-    seeds = seeds.where(seeds > 0, size)
-    flat = (seeds >= 3) & (results.nunique() <= 1).all(axis=1) & (results.count().max(axis=1) == size)
-    limit = np.where(groups["identity"].nunique() == size, 1e-6, 1e-3)
-    suspects = [(number, int(seeds[number]), most) for number, most in zip(size.index[flat], limit[flat], strict=True)]
-    return {number: n for number, n, most in suspects if _coincidence(table, names, number) ** (n - 1) < most}
+    size, results = groups.size(), groups[names]
+    seeds = groups["seed"].nunique()
+    found = pd.DataFrame(dict(size=size, seeds=seeds.where(seeds > 0, size), identities=groups["identity"].nunique()))
+    alike = (results.nunique() <= 1).all(axis=1)
+    complete = results.count().max(axis=1) == size
+    return found[alike & complete & (found["seeds"] >= 3)]
 
 # %% ../../nbs/audit/06_seeds.ipynb #cell-11
+def _constant(
+    table:pd.DataFrame,  # of `counted`
+    names:list[str],     # of quality metrics
+)->dict[int, int]:       # number of a group -> how many seeds
+    "Those of them that chance does not explain."
+    found = {}
+    for group in _without_spread(table, names).itertuples() if names else ():
+        by_chance = _coincidence(table, names, group.Index) ** (group.seeds - 1)
+        limit = 1e-6 if group.identities == group.size else 1e-3
+        if by_chance < limit: found[group.Index] = int(group.seeds)
+    return found
+
+# %% ../../nbs/audit/06_seeds.ipynb #cell-13
 def _inert(
     case:Case,
     number:int,         # of the group
@@ -77,7 +89,7 @@ def _inert(
         figures=dict(runs=len(runs), seeds=seeds, results=results),
     )
 
-# %% ../../nbs/audit/06_seeds.ipynb #cell-12
+# %% ../../nbs/audit/06_seeds.ipynb #cell-14
 def _all_alike(
     case:Case,
     constant:dict[int, int],  # number of a group -> how many seeds, see `_constant`
@@ -91,7 +103,7 @@ def _all_alike(
         how = f"all end with {shown}: either the seed has no effect, or training failed to learn."
         yield _inert(case, number, runs, seeds, how)
 
-# %% ../../nbs/audit/06_seeds.ipynb #cell-14
+# %% ../../nbs/audit/06_seeds.ipynb #cell-16
 def _some_alike(
     case:Case,
     constant:dict[int, int],  # number of a group -> how many seeds, see `_constant`
@@ -105,7 +117,7 @@ def _some_alike(
         how = "computed the same as another with a different seed, to the last bit: the seed has no effect."
         yield _inert(case, number, runs, runs["seed"].nunique(), how)
 
-# %% ../../nbs/audit/06_seeds.ipynb #cell-16
+# %% ../../nbs/audit/06_seeds.ipynb #cell-18
 _NOISE = 1e-3  # relative; rounding in 16 bits averages to far less over a validation set
 
 def first_loss(
@@ -119,7 +131,7 @@ def first_loss(
     known = [start for start in starts if isinstance(start, (int, float)) and np.isfinite(start)]
     return float(known[0]) if known else None
 
-# %% ../../nbs/audit/06_seeds.ipynb #cell-18
+# %% ../../nbs/audit/06_seeds.ipynb #cell-20
 def _starts(runs:pd.DataFrame)->pd.DataFrame:
     "The runs of a group that start elsewhere than another with their seed on their machine: run_id, seed, host, start."
     hosts = runs["host_id"] if "host_id" in runs else None
@@ -130,7 +142,7 @@ def _starts(runs:pd.DataFrame)->pd.DataFrame:
     same = known.groupby(["seed", "host"], dropna=False)["start"]
     return known[(same.transform("max") - same.transform("min")) > _NOISE * known["start"].abs()]
 
-# %% ../../nbs/audit/06_seeds.ipynb #cell-19
+# %% ../../nbs/audit/06_seeds.ipynb #cell-21
 def _different_starts(case:Case)->Iterator[Finding]:
     "Groups in which one seed gives several initial networks."
     for group in case.groups:
@@ -150,7 +162,7 @@ def _different_starts(case:Case)->Iterator[Finding]:
             figures=dict(seed=int(seed), losses=losses),
         )
 
-# %% ../../nbs/audit/06_seeds.ipynb #cell-21
+# %% ../../nbs/audit/06_seeds.ipynb #cell-23
 @check("inert-seed", "the seed has no effect")
 def check_inert_seed(case:Case)->Iterator[Finding]:
     "Different seeds with equal results (serious), or one seed with different initial networks (warning)."
@@ -159,21 +171,20 @@ def check_inert_seed(case:Case)->Iterator[Finding]:
     yield from _some_alike(case, constant)
     yield from _different_starts(case)
 
-# %% ../../nbs/audit/06_seeds.ipynb #cell-25
+# %% ../../nbs/audit/06_seeds.ipynb #cell-27
 def _correlation(
     runs:pd.DataFrame,  # of one group
     metric:str,
 )->tuple[float, int]|None:  # and of how many seeds; None for fewer than ten, or without spread
     "The correlation between the two machines (or repeats) with most runs, over the seeds that both have."
-    by = "host_id" if runs["host_id"].nunique() > 1 else "repeat"
-    largest = runs[by].value_counts().index[:2]
-    def by_seed(place): return runs[runs[by] == place].drop_duplicates("seed").set_index("seed")[metric].dropna()
-    first, second = map(by_seed, largest)
-    both = first.index.intersection(second.index)
-    if len(both) < 10 or np.ptp(first[both]) == 0 or np.ptp(second[both]) == 0: return None
-    return float(np.corrcoef(first[both], second[both])[0, 1]), len(both)
+    place = "host_id" if runs["host_id"].nunique() > 1 else "repeat"
+    largest = runs[place].value_counts().index[:2]
+    once = runs[runs[place].isin(largest)].drop_duplicates([place, "seed"])
+    both = once.pivot(index="seed", columns=place, values=metric)[largest].dropna().to_numpy()
+    if len(both) < 10 or (np.ptp(both, axis=0) == 0).any(): return None
+    return float(np.corrcoef(both.T)[0, 1]), len(both)
 
-# %% ../../nbs/audit/06_seeds.ipynb #cell-27
+# %% ../../nbs/audit/06_seeds.ipynb #cell-29
 def _correlations(
     case:Case,
     runs:pd.DataFrame,  # that share seeds
@@ -182,7 +193,7 @@ def _correlations(
     found = {metric: _correlation(runs, metric) for metric in [*qualities(case)[:1], "time_seconds"]}
     return {metric: each for metric, each in found.items() if each}
 
-# %% ../../nbs/audit/06_seeds.ipynb #cell-28
+# %% ../../nbs/audit/06_seeds.ipynb #cell-30
 def _used_again(
     case:Case,
     number:int,         # of the group
@@ -207,7 +218,7 @@ def _used_again(
         figures=dict(seeds=len(seeds), runs=len(runs), correlation=rounded),
     )
 
-# %% ../../nbs/audit/06_seeds.ipynb #cell-30
+# %% ../../nbs/audit/06_seeds.ipynb #cell-32
 @check("repeated-seed", "a seed was used more than once")
 def check_repeated_seed(case:Case)->Iterator[Finding]:
     "A seed used twice on one machine (warning), or on several machines or in deliberate repeats (note)."

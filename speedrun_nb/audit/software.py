@@ -43,22 +43,36 @@ def _clocks(
     )
 
 # %% ../../nbs/audit/14_software.ipynb #cell-07
-@check("mixed-clocks", "times were measured by different clocks", given="part")
-def check_mixed_clocks(case:Case)->Iterator[Finding]:
-    "Different clocks within a group or on the two sides of a comparison; always serious."
-    table = table_of(case)
-    for rows in by_group(table).values():
-        clocks = sorted(known(rows["clock"]))
-        message = f"Times of {name_of(rows)} were measured by {len(clocks)} clocks: {listed(clocks, most=4)}."
-        if len(clocks) > 1: yield _clocks(message, [rows], clocks=clocks)
-    for base, rows in beside_baseline(case, table):
-        there, here = (sorted(known(side["clock"])) for side in (base, rows))
-        if not there or not here or set(there) & set(here): continue
-        which = f"{listed(there, most=4)}; {listed(here, most=4)}"
-        message = f"Times of {name_of(base)} and of {name_of(rows)} were measured by different clocks: {which}."
-        yield _clocks(message, [base, rows], baseline=there, variant=here)
+def _clocks_within(rows:pd.DataFrame)->Finding|None:
+    "Times of one group were measured by several clocks."
+    clocks = sorted(known(rows["clock"]))
+    if len(clocks) < 2: return None
+    message = f"Times of {name_of(rows)} were measured by {len(clocks)} clocks: {listed(clocks, most=4)}."
+    return _clocks(message, [rows], clocks=clocks)
+
+# %% ../../nbs/audit/14_software.ipynb #cell-09
+def _clocks_between(
+    base:pd.DataFrame,
+    rows:pd.DataFrame,  # of one group
+)->Finding|None:
+    "Times of baseline and variant were measured by different clocks."
+    there, here = sorted(known(base["clock"])), sorted(known(rows["clock"]))
+    if not there or not here or set(there) & set(here): return None
+    names = f"{name_of(base)} and of {name_of(rows)}"
+    clocks = f"{listed(there, most=4)}; {listed(here, most=4)}"
+    message = f"Times of {names} were measured by different clocks: {clocks}."
+    return _clocks(message, [base, rows], baseline=there, variant=here)
 
 # %% ../../nbs/audit/14_software.ipynb #cell-11
+@check("mixed-clocks", "times were measured by different clocks", given="part")
+def check_mixed_clocks(case:Case)->list[Finding]:
+    "Different clocks within a group or on the two sides of a comparison; always serious."
+    table = table_of(case)
+    found = [_clocks_within(rows) for rows in by_group(table).values()]
+    found += [_clocks_between(base, rows) for base, rows in beside_baseline(case, table)]
+    return [finding for finding in found if finding]
+
+# %% ../../nbs/audit/14_software.ipynb #cell-15
 @dataclass(frozen=True)
 class _Part:
     "Something that runs are made with."
@@ -86,14 +100,14 @@ SOFTWARE = {
     "os": _Part("the operating system", "note"),
 }
 
-# %% ../../nbs/audit/14_software.ipynb #cell-13
+# %% ../../nbs/audit/14_software.ipynb #cell-17
 _DATA = "data file "  # begins the name of a column with the digest of a file
 
 def _is_looked_at(column:str)->bool: return column in SOFTWARE or column.startswith(_DATA)
 
 def _part(column:str)->_Part: return SOFTWARE["data" if column.startswith(_DATA) else column]
 
-# %% ../../nbs/audit/14_software.ipynb #cell-15
+# %% ../../nbs/audit/14_software.ipynb #cell-19
 def declared(
     column:str,                         # a key of `SOFTWARE`, or "data file ..."
     baseline:Mapping, variant:Mapping,  # settings by dotted name
@@ -103,7 +117,7 @@ def declared(
     changed = [name.lower() for name in {*baseline, *variant} if baseline.get(name) != variant.get(name)]
     return any(word in name for name in changed for word in _part(column).settings)
 
-# %% ../../nbs/audit/14_software.ipynb #cell-17
+# %% ../../nbs/audit/14_software.ipynb #cell-21
 def _called(
     column:str,  # a key of `SOFTWARE`, or "data file ..."
     *values,     # lists of values
@@ -112,7 +126,7 @@ def _called(
     label = column if column.startswith(_DATA) else _part(column).label
     return f"{label} ({'; '.join(listed(map(brief, each), most=3) for each in values)})"
 
-# %% ../../nbs/audit/14_software.ipynb #cell-20
+# %% ../../nbs/audit/14_software.ipynb #cell-24
 def _varying(table:pd.DataFrame)->list[str]:
     "Software, code and data that are not the same throughout."
     return [column for column in table if _is_looked_at(column) and len(known(table[column])) > 1]
@@ -127,7 +141,7 @@ def _telling(
     if any(side["host_id"].isna().any() for side in sides): ignored.add("os")
     return [column for column in columns if column not in ignored]
 
-# %% ../../nbs/audit/14_software.ipynb #cell-22
+# %% ../../nbs/audit/14_software.ipynb #cell-26
 def separated(
     base:pd.DataFrame,
     rows:pd.DataFrame,
@@ -141,24 +155,35 @@ def separated(
         if there and here and not there & here: return sorted(there), sorted(here)
     return None
 
-# %% ../../nbs/audit/14_software.ipynb #cell-24
+# %% ../../nbs/audit/14_software.ipynb #cell-28
+def _differences(
+    case:Case,
+    base:pd.DataFrame, rows:pd.DataFrame,
+    columns:list[str],
+)->dict[str, tuple[list, list]]:
+    "What separates a variant from the baseline, and is not declared: column -> values of either side."
+    configs = {group.name: group.config for group in case.groups}
+    settings = configs[name_of(base)], configs[name_of(rows)]
+    found = {column: separated(base, rows, column) for column in _telling(columns, base, rows)}
+    return {column: sides for column, sides in found.items() if sides and not declared(column, *settings)}
+
+# %% ../../nbs/audit/14_software.ipynb #cell-30
 def _differing(
     case:Case,
     table:pd.DataFrame,  # of `table_of`
-)->Iterator[tuple]:
-    "For each variant, by severity: runs of either side, severity, column -> values of either side."
-    configs, varying = {group.name: group.config for group in case.groups}, _varying(table)
+)->Iterator[tuple]:      # runs of the baseline, of a variant, severity, column -> values of either side
+    "What separates each variant from the baseline, by severity."
+    varying = _varying(table)
     for base, rows in beside_baseline(case, table):
-        mine, theirs = configs[name_of(rows)], configs[name_of(base)]
-        found = {column: separated(base, rows, column) for column in _telling(varying, base, rows)}
-        found = {column: sides for column, sides in found.items() if sides and not declared(column, theirs, mine)}
-        for severity in dict.fromkeys(_part(column).severity for column in found):
-            these = {column: sides for column, sides in found.items() if _part(column).severity == severity}
-            yield base, rows, severity, these
+        by_severity = {}
+        for column, sides in _differences(case, base, rows, varying).items():
+            by_severity.setdefault(_part(column).severity, {})[column] = sides
+        for severity, differing in by_severity.items(): yield base, rows, severity, differing
 
-# %% ../../nbs/audit/14_software.ipynb #cell-26
+# %% ../../nbs/audit/14_software.ipynb #cell-32
 def _as_many(columns:Iterable[str])->str: return " on as many processes" if "ranks" in columns else ""
 
+# %% ../../nbs/audit/14_software.ipynb #cell-33
 def _between(
     severity:str,
     differing:dict,             # column -> values of either side
@@ -179,7 +204,7 @@ def _between(
         **on_groups(tables),
     )
 
-# %% ../../nbs/audit/14_software.ipynb #cell-28
+# %% ../../nbs/audit/14_software.ipynb #cell-35
 def _software_between(
     case:Case,
     table:pd.DataFrame,  # of `table_of`
@@ -192,7 +217,7 @@ def _software_between(
         tables.append(rows)
     return [_between(severity, differing, tables) for (severity, *_), (differing, tables) in alike.items()]
 
-# %% ../../nbs/audit/14_software.ipynb #cell-33
+# %% ../../nbs/audit/14_software.ipynb #cell-40
 def _severity_within(
     rows:pd.DataFrame,  # of one group
     column:str,         # a key of `SOFTWARE`, or "data file ..."
@@ -202,7 +227,7 @@ def _severity_within(
     if by_machine or _part(column).severity == "note": return "note"
     return "serious" if column == "ranks" else "warning"
 
-# %% ../../nbs/audit/14_software.ipynb #cell-35
+# %% ../../nbs/audit/14_software.ipynb #cell-42
 def _within(
     severity:str,
     columns:dict,               # column -> values
@@ -221,10 +246,10 @@ def _within(
         **on_groups(tables),
     )
 
-# %% ../../nbs/audit/14_software.ipynb #cell-37
-def _software_within(table:pd.DataFrame)->list[Finding]:
-    "Runs of one group with different software; groups with the same differences in one finding, unless it is serious."
-    varying, alike, merged = _varying(table), {}, {}
+# %% ../../nbs/audit/14_software.ipynb #cell-44
+def _varying_within(table:pd.DataFrame)->dict[tuple, list[pd.DataFrame]]:
+    "(severity, column, values) -> the runs of groups that differ so; one that is serious stands alone."
+    alike, varying = {}, _varying(table)
     for rows in by_group(table).values():
         for column in _telling(varying, rows):
             values = tuple(sorted(known(rows[column])))
@@ -232,12 +257,19 @@ def _software_within(table:pd.DataFrame)->list[Finding]:
             severity = _severity_within(rows, column)
             alone = name_of(rows) if severity == "serious" else ""
             alike.setdefault((severity, column, values, alone), []).append(rows)
-    for (severity, column, values, _), tables in alike.items():
-        columns = merged.setdefault((severity, *map(name_of, tables)), ({}, tables))[0]
-        columns[column] = list(values)
-    return [_within(severity, columns, tables) for (severity, *_), (columns, tables) in merged.items()]
+    return alike
 
-# %% ../../nbs/audit/14_software.ipynb #cell-39
+# %% ../../nbs/audit/14_software.ipynb #cell-46
+def _software_within(table:pd.DataFrame)->list[Finding]:
+    "Runs of one group with different software; groups with the same differences in one finding."
+    merged = {}
+    for (severity, column, values, _), tables in _varying_within(table).items():
+        names = tuple(name_of(rows) for rows in tables)
+        columns, _ = merged.setdefault((severity, names), ({}, tables))
+        columns[column] = list(values)
+    return [_within(severity, columns, tables) for (severity, _), (columns, tables) in merged.items()]
+
+# %% ../../nbs/audit/14_software.ipynb #cell-48
 _SURE = 0.001  # p below which qualities do differ
 
 def _code_differs(
@@ -258,7 +290,7 @@ def _code_differs(
         **on_groups([rows]),
     )
 
-# %% ../../nbs/audit/14_software.ipynb #cell-41
+# %% ../../nbs/audit/14_software.ipynb #cell-50
 def _code_within(
     case:Case,
     table:pd.DataFrame,  # of `table_of`
@@ -271,7 +303,7 @@ def _code_within(
             p = differ(rows[metric.name], rows[column])
             if p is not None and p < _SURE / len(qualities): yield _code_differs(rows, metric, column, p)
 
-# %% ../../nbs/audit/14_software.ipynb #cell-42
+# %% ../../nbs/audit/14_software.ipynb #cell-51
 @check("mixed-software", "runs of different software, code, data or number of processes are compared", given="part")
 def check_mixed_software(case:Case)->list[Finding]:
     "Serious where it separates a variant from the baseline; less within a group."

@@ -100,23 +100,34 @@ def interval_times(
 # %% ../../nbs/audit/07_steps.ipynb #cell-17
 JUMP = 1.15  # ratio of the step times after and before
 
+def _noise(times:np.ndarray)->np.ndarray:
+    "The robust standard deviation of each run, from neighbouring intervals."
+    between = np.abs(np.diff(times, axis=1))
+    return 1.4826 * np.median(between, axis=1) / np.sqrt(2)
+
+def _windows(times:np.ndarray)->np.ndarray:
+    "(runs, intervals - 2, 3) all three intervals in a row, each sorted."
+    windows = np.lib.stride_tricks.sliding_window_view(times, _WINDOW, axis=1)
+    return np.sort(windows, axis=2)
+
+# %% ../../nbs/audit/07_steps.ipynb #cell-19
 def find_jumps(
     times:np.ndarray,   # (runs, intervals) time of a step
 )->tuple:               # first interval after the largest rise; levels before and after; how clear. Each (runs,)
     "The largest lasting rise of every run. Where it is clearer than 1, it is a jump."
-    windows = np.lib.stride_tricks.sliding_window_view(times, _WINDOW, axis=1)
-    windows = np.sort(windows, axis=2)  # (runs, intervals - 2, 3)
+    windows = _windows(times)
     before, after = windows[:, :-_WINDOW], windows[:, _WINDOW:]
-    apart = after[..., 0] > before[..., -1]
-    ratio = np.where(apart, after[..., 1] / before[..., 1], 0.0)
+    lowest, highest = after[..., 0], before[..., -1]
+    rise = after[..., 1] / before[..., 1]
+    ratio = np.where(lowest > highest, rise, 0.0)
     at, rows = ratio.argmax(axis=1), np.arange(len(times))
     low, high = before[rows, at, 1], after[rows, at, 1]
-    noise = 1.4826 * np.median(np.abs(np.diff(times, axis=1)), axis=1) / np.sqrt(2)
-    far = 4 * (1 + 12 / times.shape[1])  # standard deviations; more where few intervals tell what the noise is
-    clear = (high - low) / np.maximum(far * noise, 1e-9 * low)
-    return at + _WINDOW, low, high, np.where(ratio[rows, at] > JUMP, clear, 0.0)
+    far = 4 * (1 + 12 / times.shape[1])  # standard deviations
+    least = np.maximum(far * _noise(times), 1e-9 * low)
+    clear = np.where(ratio[rows, at] > JUMP, (high - low) / least, 0.0)
+    return at + _WINDOW, low, high, clear
 
-# %% ../../nbs/audit/07_steps.ipynb #cell-21
+# %% ../../nbs/audit/07_steps.ipynb #cell-23
 def _jumps_in(
     intervals:Intervals,
     faster:bool,          # drops instead
@@ -140,7 +151,7 @@ def _jumps_in(
         whole=(times * steps).sum(axis=1),
     ))
 
-# %% ../../nbs/audit/07_steps.ipynb #cell-23
+# %% ../../nbs/audit/07_steps.ipynb #cell-25
 def _jumps(
     case:Case,
     series:list[Intervals],
@@ -152,7 +163,7 @@ def _jumps(
     found = [_jumps_in(each, faster).assign(group=groups[each.rows], row=rows[each.rows]) for each in series]
     return pd.concat(found, ignore_index=True)
 
-# %% ../../nbs/audit/07_steps.ipynb #cell-25
+# %% ../../nbs/audit/07_steps.ipynb #cell-27
 _SCHEDULE = re.compile(r"epoch|step|iter|until|from|stage|curricul|warm|schedule|unfreeze|fraction|at$", re.I)
 _VARIES = re.compile(r"curriculum$|depth_warming$")  # change the work of a step somewhere within the run
 _CAUSES = re.compile(r"recompil|dynamo|fall.?back|eager|throttl|cache_size_limit|out of memory|graph break", re.I)
@@ -167,7 +178,7 @@ def _falls_between(
     values = [v for v in (value if isinstance(value, (list, tuple)) else [value]) if type(v) in (int, float)]
     return any(v < total and before < (v if v >= 1 else v * total) <= at for v in values)
 
-# %% ../../nbs/audit/07_steps.ipynb #cell-27
+# %% ../../nbs/audit/07_steps.ipynb #cell-29
 def _scheduled(
     config,        # settings by dotted name
     before:float,  # step before the jump
@@ -181,13 +192,13 @@ def _scheduled(
         if moment and _falls_between(value, before, at, total): return name
     return None
 
-# %% ../../nbs/audit/07_steps.ipynb #cell-29
+# %% ../../nbs/audit/07_steps.ipynb #cell-31
 def _noted(found:dict)->list[str]:
     "What the logs say of causes; `found`: batch -> provenance."
     notes = [str(note) for p in found.values() for note in p.get("notes") or []]
     return list(dict.fromkeys(note for note in notes if _CAUSES.search(note)))
 
-# %% ../../nbs/audit/07_steps.ipynb #cell-32
+# %% ../../nbs/audit/07_steps.ipynb #cell-34
 _COSTLY = 0.05      # of the time
 _BY_CHANCE = 0.002  # of clean runs show a jump on a busy machine
 
@@ -201,7 +212,7 @@ def _is_chance(
 
 def _shorten(note:str)->str: return note if len(note) <= 300 else f"{note[:300]}…"
 
-# %% ../../nbs/audit/07_steps.ipynb #cell-34
+# %% ../../nbs/audit/07_steps.ipynb #cell-36
 def _explained(
     scheduled:str|None,  # a setting that may explain it
     notes:list[str],     # of the log
@@ -210,7 +221,7 @@ def _explained(
     if notes: return f" The log notes: {_shorten(notes[0])}."
     return f" The setting {scheduled} may explain it." if scheduled else ""
 
-# %% ../../nbs/audit/07_steps.ipynb #cell-35
+# %% ../../nbs/audit/07_steps.ipynb #cell-37
 @dataclass(frozen=True)
 class _Units:
     "What a curve counts in, and what the time of one is called."
@@ -228,12 +239,12 @@ class _Units:
     def where(self, jump:pd.Series)->str:
         return f"{'in epoch' if self.by_epoch else 'near step'} {self.place(jump):.0f}"
 
-# %% ../../nbs/audit/07_steps.ipynb #cell-37
+# %% ../../nbs/audit/07_steps.ipynb #cell-39
 def _units(curve:Mapping)->_Units:
     "What a curve counts in."
     return _Units(by_epoch=not curve.get("step"), milliseconds=bool(curve.get("step_ms")))
 
-# %% ../../nbs/audit/07_steps.ipynb #cell-38
+# %% ../../nbs/audit/07_steps.ipynb #cell-40
 def _jump(
     case:Case,
     group:Group,
@@ -262,7 +273,7 @@ def _jump(
         metric="time_seconds",
     )
 
-# %% ../../nbs/audit/07_steps.ipynb #cell-39
+# %% ../../nbs/audit/07_steps.ipynb #cell-41
 @check("step-time-jump", "the time of a step jumps within a run")
 def check_step_time_jump(case:Case)->Iterator[Finding]:
     "Slower steps: serious if they make more than 5 % of the group's time and are not meant. Faster steps: a note."

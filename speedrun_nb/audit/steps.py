@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from .counted import column, numbers
+from .counted import as_numbers, column
 from .findings import Finding, check, find, origins
 from ..core.words import count
 from ..evidence.case import Case
@@ -51,7 +51,7 @@ def _matrix(
     "(runs, places) numbers; None for lists within lists."
     cells = np.array([curve[name] for curve in curves], object)
     if cells.shape != (len(curves), places): return None
-    return numbers(cells.ravel()).reshape(cells.shape)
+    return as_numbers(cells.ravel()).reshape(cells.shape)
 
 # %% ../../nbs/audit/07_steps.ipynb #cell-10
 def _steps_and_times(

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 
 import pandas as pd
 
-from .counted import numbers
+from .counted import as_numbers
 from .findings import Finding, check, concerned, find
 from ..core.words import count, listed
 from ..evidence.case import Case
@@ -80,7 +80,7 @@ def check_resumed_runs(case:Case)->Iterator[Finding]:
     "Runs that broke off and were resumed: a warning, for times."
     for group in case.groups:
         if "resumed_at" not in group.runs: continue
-        resumed = pd.Series(numbers(group.runs["resumed_at"].to_numpy(object)), group.runs["run_id"])
+        resumed = pd.Series(as_numbers(group.runs["resumed_at"].to_numpy(object)), group.runs["run_id"])
         of, resumed = len(resumed), resumed.dropna()
         n, steps = len(resumed), listed((f"{step:.0f}" for step in resumed), most=4)
         if not n: continue

@@ -23,8 +23,7 @@ import yaml
 
 from ..core.errors import SpeedrunError, nearest, one_of
 from ..core.settings import read_yaml
-from ..audit.counted import numbers
-from . import layout
+from . import layout, numbers
 from .execute import execute, extra
 from .qmd import INLINE, SHORTCODE, escape, for_format, front_matter, merge, read_parts, shortcodes
 from .quarto import find_quarto, quarto_version, run_quarto

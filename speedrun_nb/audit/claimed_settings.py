@@ -21,7 +21,7 @@ from ..evidence.groups import Group
 def _in_words(entry:Mapping)->str:
     return f"{entry.get('setting')} is {entry.get('effective')} where {entry.get('claimed')} was claimed"
 
-# %% ../../nbs/audit/05_claimed_settings.ipynb #cell-06
+# %% ../../nbs/audit/05_claimed_settings.ipynb #cell-07
 def _contradicted(
     case:Case,
     group:Group,
@@ -42,7 +42,7 @@ def _contradicted(
         figures=dict(contradictions=[dict(entry) for _, entry in entries]),
     )
 
-# %% ../../nbs/audit/05_claimed_settings.ipynb #cell-08
+# %% ../../nbs/audit/05_claimed_settings.ipynb #cell-09
 def _unlike_their_batch(
     group:Group,
     claims:dict,  # batch -> settings that it claims
@@ -57,7 +57,7 @@ def _unlike_their_batch(
             if isinstance(claim, Mapping) and config != claim: found.append((run, config, claim))
     return found
 
-# %% ../../nbs/audit/05_claimed_settings.ipynb #cell-10
+# %% ../../nbs/audit/05_claimed_settings.ipynb #cell-11
 def _inconsistent(
     group:Group,
     found:dict,   # batch -> provenance
@@ -80,7 +80,7 @@ def _inconsistent(
         figures=dict(settings=changed),
     )
 
-# %% ../../nbs/audit/05_claimed_settings.ipynb #cell-11
+# %% ../../nbs/audit/05_claimed_settings.ipynb #cell-12
 @check("settings-differ", "the settings in effect are not those claimed")
 def check_settings_differ(case:Case)->Iterator[Finding]:
     "Logs that contradict configurations, and records that contradict their batch; always serious."
@@ -89,7 +89,7 @@ def check_settings_differ(case:Case)->Iterator[Finding]:
         yield from _contradicted(case, group, found)
         yield from _inconsistent(group, found)
 
-# %% ../../nbs/audit/05_claimed_settings.ipynb #cell-15
+# %% ../../nbs/audit/05_claimed_settings.ipynb #cell-16
 _KINDS = "instance|host|machine|node|pod|gpu|batch|run|rep|repeat|replicate|seed"
 _NUMBERING = re.compile(rf"[_.-]?({_KINDS})?[_.-]?\d+", re.I)
 
@@ -104,7 +104,7 @@ def _at_other_commits(found:list[dict])->bool:
     commits = [{(p.get("git") or {}).get("commit") for p in origin.values()} - {None} for origin in found]
     return all(commits) and not set.intersection(*commits)
 
-# %% ../../nbs/audit/05_claimed_settings.ipynb #cell-17
+# %% ../../nbs/audit/05_claimed_settings.ipynb #cell-18
 def _is_imported(
     case:Case,
     found:list[dict],  # of each group: batch -> provenance
@@ -113,7 +113,7 @@ def _is_imported(
     provenances = [p for origin in found for p in origin.values()]
     return case.profile == "published" or any(p.get("status") == "imported" for p in provenances)
 
-# %% ../../nbs/audit/05_claimed_settings.ipynb #cell-18
+# %% ../../nbs/audit/05_claimed_settings.ipynb #cell-19
 def _same_settings(
     case:Case,
     groups:list[Group],  # with one config_hash
@@ -136,7 +136,7 @@ def _same_settings(
         figures=dict(config_hash=str(groups[0].config_hash), code=code),
     )
 
-# %% ../../nbs/audit/05_claimed_settings.ipynb #cell-20
+# %% ../../nbs/audit/05_claimed_settings.ipynb #cell-21
 @check("same-settings", "variants of different names have the same settings, as far as is recorded")
 def check_same_settings(case:Case)->Iterator[Finding]:
     "Groups with one config_hash: serious, but for what imported logs do not show."

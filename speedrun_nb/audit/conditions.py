@@ -27,10 +27,11 @@ def mapping_or_empty(value)->Mapping: return value if isinstance(value, Mapping)
 
 def _processors(provenance:Mapping)->dict[str, str]:
     "GPUs and their drivers, in words."
-    listing = provenance.get("gpus") or ()
-    gpus = [gpu if isinstance(gpu, Mapping) else {"name": gpu} for gpu in listing]
-    names = Counter(gpu["name"] for gpu in gpus if gpu.get("name"))
-    drivers = {str(gpu["driver_version"]) for gpu in gpus if gpu.get("driver_version")}
+    names, drivers = Counter(), set()
+    for gpu in provenance.get("gpus") or ():
+        told = gpu if isinstance(gpu, Mapping) else {"name": gpu}
+        if told.get("name"): names[told["name"]] += 1
+        if told.get("driver_version"): drivers.add(str(told["driver_version"]))
     each = [f"{n} x {name}" for name, n in sorted(names.items())]
     return dict(driver=", ".join(sorted(drivers)), gpus=", ".join(each))
 

@@ -116,7 +116,8 @@ def check_copied_runs(case:Case)->Iterator[Finding]:
     copies = _copies(table, inside, qualities(case))
     copies = copies[copies.any(axis=1)]
     for number, mine in copies.groupby(table["group"][copies.index]):
-        yield _copied(case, number, mine, [agreement for agreement in inside if agreement.groups[0] == number])
+        own = [agreement for agreement in inside if agreement.groups[0] == number]
+        yield _copied(case, number, mine, own)
 
 # %% ../../nbs/audit/04_copies.ipynb #cell-18
 def differ_in_how_only(
@@ -155,11 +156,13 @@ def _between_groups(case:Case)->Iterator[tuple[tuple[int,int], np.ndarray, float
 def _equal_groups(case:Case)->tuple[dict, dict]:
     "For pairs of groups that agree: their equal rows, and the number that chance gives."
     rows, expected = _shared(counted(case)), {}
-    for groups, both, by_chance in _between_groups(case):
-        rows[groups] = np.concatenate([rows[groups], both]) if groups in rows else both
-        expected[groups] = expected.get(groups, 0.0) + by_chance
-    def is_finding(i, j): return not differ_in_how_only(case, case.groups[i].config, case.groups[j].config)
-    return {pair: both for pair, both in rows.items() if is_finding(*pair)}, expected
+    for pair, both, by_chance in _between_groups(case):
+        rows[pair] = np.concatenate([rows[pair], both]) if pair in rows else both
+        expected[pair] = expected.get(pair, 0.0) + by_chance
+    for pair in list(rows):
+        one, other = (case.groups[number].config for number in pair)
+        if differ_in_how_only(case, one, other): del rows[pair]
+    return rows, expected
 
 # %% ../../nbs/audit/04_copies.ipynb #cell-24
 def _connected(

@@ -76,7 +76,7 @@ def _different(series:tuple)->int:
     try: return len({value for values in series for value in values if value is not None and value == value})
     except TypeError: return 0
 
-# %% ../../nbs/audit/02_counted.ipynb #cell-14
+# %% ../../nbs/audit/02_counted.ipynb #cell-15
 def _series(curve)->tuple:
     "The results in a curve, without what they cost; empty where too little is in it to prove anything."
     if not isinstance(curve, Mapping): return ()
@@ -85,7 +85,7 @@ def _series(curve)->tuple:
     series = tuple(tuple(values) for values in lists)
     return series if _different(series) >= PROOF else ()
 
-# %% ../../nbs/audit/02_counted.ipynb #cell-15
+# %% ../../nbs/audit/02_counted.ipynb #cell-16
 def identity(
     fingerprint,   # of the run's record, or nothing
     curve,         # of the run's record, or nothing
@@ -96,7 +96,7 @@ def identity(
     series = _series(curve)
     return hash((series, results)) if series else None
 
-# %% ../../nbs/audit/02_counted.ipynb #cell-18
+# %% ../../nbs/audit/02_counted.ipynb #cell-19
 def _identities(
     case:Case,
     results:pd.DataFrame,  # quality metrics of all counted runs
@@ -112,7 +112,7 @@ def _ordered(table:pd.DataFrame)->pd.DataFrame:
     batches = table.groupby(["group", "batch"], dropna=False, sort=False)
     return table.assign(unit=batches.ngroup(), position=batches.cumcount())
 
-# %% ../../nbs/audit/02_counted.ipynb #cell-19
+# %% ../../nbs/audit/02_counted.ipynb #cell-20
 @once
 def counted(
     case:Case,

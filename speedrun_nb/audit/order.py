@@ -49,12 +49,13 @@ def in_turns(
     "Did the two take turns? A place where that is not known is left out."
     found = {}
     for place in sorted(known(base["place"]) & known(rows["place"])):
-        b, v = (side.loc[side["place"] == place, "when"].dropna().to_numpy() for side in (base, rows))
+        there, here = base[base["place"] == place], rows[rows["place"] == place]
+        b, v = there["when"].dropna().to_numpy(), here["when"].dropna().to_numpy()
         if min(len(b), len(v)) < 2: continue
         later, number = chance_later(b, v), stretches(b, v)
         apart = max(later, 1 - later)
-        guessed = base.loc[base["place"] == place, "guessed"].any()
-        found[place] = (not (apart > 0.9 or apart > 0.8 and number <= 3), None if guessed else later, number)
+        in_pieces = apart > 0.9 or apart > 0.8 and number <= 3
+        found[place] = (not in_pieces, None if there["guessed"].any() else later, number)
     return found
 
 # %% ../../nbs/audit/15_order.ipynb #cell-12
@@ -162,11 +163,11 @@ def _classes_of_speed(table:pd.DataFrame)->pd.Series:
 # %% ../../nbs/audit/15_order.ipynb #cell-33
 def _series_of(table:pd.DataFrame)->Iterator[tuple[str, str, pd.DataFrame]]:
     "Group, place, and runs whose order is known."
-    batch = table["batch"].astype(object).fillna("")
-    table = table.assign(batch=batch, speed=_classes_of_speed(table))
-    file = batch.where(table["when"].isna(), "")
-    for (group, place, *_), rows in table.groupby(["group", "place", "speed", file], sort=False):
-        if rows["when"].notna().all() or rows["order"].notna().all(): yield group, place, rows
+    batch, timed = table["batch"].astype(object).fillna(""), table["when"].notna()
+    table = table.assign(batch=batch, speed=_classes_of_speed(table), file=batch.mask(timed, ""))
+    for (group, place, *_), rows in table.groupby(["group", "place", "speed", "file"], sort=False):
+        ordered = rows["when"].notna() if rows["order"].isna().any() else rows["order"].notna()
+        if ordered.all(): yield group, place, rows
 
 # %% ../../nbs/audit/15_order.ipynb #cell-35
 def drifts(
@@ -222,13 +223,15 @@ def _sizes(
     if drifting.empty: return found
     means = table.groupby(["group", "place"])[list(case.study.metrics)].mean()
     for base, rows in beside_baseline(case, table):
-        turns = in_turns(base, rows)
-        for drift in drifting[drifting["group"].isin([name_of(base), name_of(rows)])].to_dict("records"):
+        turns, names = in_turns(base, rows), [name_of(base), name_of(rows)]
+        mine = drifting[drifting["group"].isin(names)]
+        for drift in mine.to_dict("records"):
             explained = _explained(drift, base, rows, means)
             if not explained or explained["share"] < _SEEN: continue
             taken_turns, *_ = turns.get(drift["place"], (None,))
             severity = _severity_of(explained["share"], taken_turns)
-            found.append(drift | explained | dict(severity=severity, base=base, rows=rows, variant=name_of(rows)))
+            pair = dict(base=base, rows=rows, variant=name_of(rows))
+            found.append(drift | explained | pair | dict(severity=severity))
     return sorted(found, key=lambda drift: (SEVERITIES.index(drift["severity"]), -drift["share"]))
 
 # %% ../../nbs/audit/15_order.ipynb #cell-46

@@ -101,10 +101,9 @@ def _moves_difference(
     "Do the values left out make half of the difference of two means, and more than its standard error?"
     (every_a, kept_a), (every_b, kept_b) = a, b
     if min(len(kept_a), len(kept_b)) < 2: return False
-    difference = kept_a.mean() - kept_b.mean()
-    error = np.hypot(spread(kept_a) / np.sqrt(len(kept_a)), spread(kept_b) / np.sqrt(len(kept_b)))
-    moved = abs(every_a.mean() - every_b.mean() - difference)
-    return bool(moved > max(abs(difference) / 2, error))
+    every, kept = every_a.mean() - every_b.mean(), kept_a.mean() - kept_b.mean()
+    error = np.hypot(*(spread(values) / np.sqrt(len(values)) for values in (kept_a, kept_b)))
+    return bool(abs(every - kept) > max(abs(kept) / 2, error))
 
 # %% ../../nbs/audit/10_outliers.ipynb #cell-21
 def _compared_with(
@@ -200,7 +199,7 @@ def _beside(
     if len(medians) == 1: return f"beside a median of {show(medians[0])}"
     return f"beside medians from {show(min(medians))} to {show(max(medians))} in their batches"
 
-# %% ../../nbs/audit/10_outliers.ipynb #cell-34
+# %% ../../nbs/audit/10_outliers.ipynb #cell-35
 def _moved(
     n:int,        # outliers
     batches:int,  # that they are in
@@ -211,7 +210,7 @@ def _moved(
     them, the = "it" if n == 1 else "them", "the" if batches == 1 else "a"
     return f"With {them} the mean of {the} batch is {100 * abs(shift):.2g} % {direction}."
 
-# %% ../../nbs/audit/10_outliers.ipynb #cell-36
+# %% ../../nbs/audit/10_outliers.ipynb #cell-37
 def _how_far_moved(
     batches:list[pd.DataFrame],  # with `odd`
     name:str,                    # of the metric
@@ -220,7 +219,7 @@ def _how_far_moved(
     shifts = [_shift(batch[name].to_numpy(float), batch["odd"].to_numpy()) for batch in batches]
     return float(max(shifts, key=abs))
 
-# %% ../../nbs/audit/10_outliers.ipynb #cell-38
+# %% ../../nbs/audit/10_outliers.ipynb #cell-39
 def _outlying(
     case:Case,
     number:int,         # of the group
@@ -246,7 +245,7 @@ def _outlying(
         metric=name,
     )
 
-# %% ../../nbs/audit/10_outliers.ipynb #cell-39
+# %% ../../nbs/audit/10_outliers.ipynb #cell-40
 @check("outliers", "runs far outside the spread of their group")
 def check_outliers(case:Case)->Iterator[Finding]:
     "Runs far outside the spread of their batch; a warning for more than 5 %, or if the mean moves by more than 1 %."

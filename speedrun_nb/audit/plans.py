@@ -43,9 +43,12 @@ def _exploratory(
     groups:list[Group],
     **finding,           # severity, message, remedy
 )->Finding:
-    figures = {group.name: dict(zip(("planned", "exploratory"), _made(group), strict=True)) for group in groups}
-    runs = pd.concat([group.runs.loc[group.runs["plan"] == EXPLORATORY, "run_id"] for group in groups])
-    return find(groups=[group.name for group in groups], runs=runs, figures=figures, **finding)
+    figures, runs = {}, []
+    for group in groups:
+        planned, exploratory = _made(group)
+        figures[group.name] = dict(planned=planned, exploratory=exploratory)
+        runs += group.runs["run_id"][group.runs["plan"] == EXPLORATORY].tolist()
+    return find(groups=figures, runs=runs, figures=figures, **finding)
 
 # %% ../../nbs/audit/11_plans.ipynb #cell-10
 def _mixed(groups:list[Group])->Finding:

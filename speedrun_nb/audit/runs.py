@@ -20,12 +20,13 @@ from ..evidence.groups import Group
 @once
 def _without_runs(case:Case)->dict[str, dict]:
     "Batches of which nothing is recorded but where they come from: variant -> batch -> provenance."
-    recorded = set(zip(case.rows["variant"], case.rows["batch"], strict=True)) if "batch" in case.rows else set()
-    found = {}
+    found, recorded = {}, set()
+    if "batch" in case.rows: recorded = set(zip(case.rows["variant"], case.rows["batch"], strict=True))
+    here = f"{case.study.name}/{case.profile}/"
     for path, provenance in case.provenances.items():
-        *place, variant, batch = ["", *path.split("/")]
-        here = place[1:] == [case.study.name, case.profile]
-        if here and (variant, batch) not in recorded: found.setdefault(variant, {})[batch] = provenance
+        if not path.startswith(here): continue
+        variant, _, batch = path.removeprefix(here).partition("/")
+        if (variant, batch) not in recorded: found.setdefault(variant, {})[batch] = provenance
     return found
 
 # %% ../../nbs/audit/09_runs.ipynb #cell-07
@@ -39,17 +40,28 @@ def _batches(
     return origins(case, group, rows) | {batch: p for batch, p in empty.items() if p.get("config") == group.config}
 
 # %% ../../nbs/audit/09_runs.ipynb #cell-08
+def _fewer(
+    mine:pd.DataFrame,  # records of the batch
+    provenance:dict,
+)->int|None:            # None where no number was asked for
+    "How many runs a batch has fewer than were asked for."
+    expected = provenance.get("expected_runs")
+    return max(0, int(expected) - len(mine)) if isinstance(expected, (int, float)) else None
+
+# %% ../../nbs/audit/09_runs.ipynb #cell-10
 def _lost_seeds(
     group:Group,
     mine:pd.DataFrame,  # records of the batch
     provenance:dict,
 )->set:
     "Seeds that a batch was to run, and that have no record in it and no result in its repeats."
+    broke_off = provenance.get("status") in ("interrupted", "failed")
+    if not broke_off and provenance.get("expected_runs") is None: return set()
     repeats = mine["repeat"] if len(mine) and "repeat" in group.runs else None
     again = group.runs if repeats is None else group.runs[group.runs["repeat"].isin(repeats)]
     return set(provenance.get("seeds") or []) - set(mine["seed"]) - set(again["seed"])
 
-# %% ../../nbs/audit/09_runs.ipynb #cell-10
+# %% ../../nbs/audit/09_runs.ipynb #cell-12
 def _never_ran(
     case:Case,
     group:Group,
@@ -58,15 +70,15 @@ def _never_ran(
     "Runs that were asked for and not recorded, and the batches that were to hold them."
     missing, seeds, batches = 0, set(), []
     for batch, provenance in _batches(case, group, rows).items():
-        mine, expected = rows[rows["batch"] == batch], provenance.get("expected_runs")
-        fewer, lost, broke_off = 0, set(), provenance.get("status") in ("interrupted", "failed")
-        if isinstance(expected, (int, float)): fewer = max(0, int(expected) - len(mine))
-        elif expected is not None or broke_off: lost = _lost_seeds(group, mine, provenance)
+        mine = rows[rows["batch"] == batch]
+        fewer, lost = _fewer(mine, provenance), set()
+        if fewer is None: fewer, lost = 0, _lost_seeds(group, mine, provenance)
         if lost or fewer: batches.append(str(batch))
-        missing, seeds = missing + fewer, seeds | lost
+        missing += fewer
+        seeds |= lost
     return missing + len(seeds), batches
 
-# %% ../../nbs/audit/09_runs.ipynb #cell-12
+# %% ../../nbs/audit/09_runs.ipynb #cell-14
 def _ended(
     group:Group,
     rows:pd.DataFrame,  # all its records
@@ -77,7 +89,7 @@ def _ended(
     failed = (ended["status"] == "failed") & ~(ended["run_id"].notna() & recovered)
     return ended[failed], ended[ended["status"] == "diverged"]
 
-# %% ../../nbs/audit/09_runs.ipynb #cell-13
+# %% ../../nbs/audit/09_runs.ipynb #cell-15
 def _missing(
     case:Case,
     group:Group,
@@ -101,19 +113,19 @@ def _missing(
         figures=figures | dict(share=round(share, 4), batches=batches),
     )
 
-# %% ../../nbs/audit/09_runs.ipynb #cell-15
+# %% ../../nbs/audit/09_runs.ipynb #cell-17
 @check("missing-runs", "runs that failed, diverged or are not there")
 def check_missing_runs(case:Case)->Iterator[Finding]:
     "Failed, diverged or never recorded; serious where they are several, and more than 20 % of what was to be there."
     for group, rows in zip(case.groups, rows_of(case), strict=True): yield from _missing(case, group, rows)
 
-# %% ../../nbs/audit/09_runs.ipynb #cell-19
+# %% ../../nbs/audit/09_runs.ipynb #cell-21
 def _dirty(found:dict)->dict[str, dict]:
     "By batch: what git said of a working tree that differed from its commit."
     known = {batch: p["git"] for batch, p in found.items() if isinstance(p.get("git"), Mapping)}
     return {str(batch): git for batch, git in known.items() if git.get("dirty")}
 
-# %% ../../nbs/audit/09_runs.ipynb #cell-21
+# %% ../../nbs/audit/09_runs.ipynb #cell-23
 def _uncommitted(
     names:tuple[str, ...],    # of the groups
     batches:dict[str, dict],  # batch -> what git said
@@ -134,7 +146,7 @@ def _uncommitted(
         figures=dict(batches=list(batches), commits=commits, diff_hashes=hashes),
     )
 
-# %% ../../nbs/audit/09_runs.ipynb #cell-23
+# %% ../../nbs/audit/09_runs.ipynb #cell-25
 @check("uncommitted-code", "the code that ran is in no commit")
 def check_uncommitted_code(case:Case)->Iterator[Finding]:
     "Batches that ran from a working tree that differed from its commit; a note where the recorded difference is empty."
@@ -148,7 +160,7 @@ def check_uncommitted_code(case:Case)->Iterator[Finding]:
         together = {batch: git for name in names for batch, git in batches[name].items()}
         yield _uncommitted(names, together, pd.concat([runs[name] for name in names]))
 
-# %% ../../nbs/audit/09_runs.ipynb #cell-27
+# %% ../../nbs/audit/09_runs.ipynb #cell-29
 def _test_data(
     case:Case,
     groups:list[Group],  # with runs
@@ -159,7 +171,7 @@ def _test_data(
     if "official" in splits: return "the official test data"
     return "the same data as in every run, as far as the logs show" if case.profile == "published" else None
 
-# %% ../../nbs/audit/09_runs.ipynb #cell-29
+# %% ../../nbs/audit/09_runs.ipynb #cell-31
 @check("tuned-on-test", "quality was measured on the data that was tuned on")
 def check_tuned_on_test(case:Case)->Iterator[Finding]:
     "Variants were judged on the official test set, and none on held-out data: a note; a warning from three on."

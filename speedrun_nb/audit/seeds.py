@@ -223,9 +223,11 @@ def _used_again(
 def check_repeated_seed(case:Case)->Iterator[Finding]:
     "A seed used twice on one machine (warning), or on several machines or in deliberate repeats (note)."
     seeded = counted(case).dropna(subset=["seed"])
-    twice = seeded[seeded.duplicated(["group", "seed", "repeat", "host_id"], keep=False)]
-    related = seeded[seeded.duplicated(["group", "seed"], keep=False) & ~seeded["group"].isin(twice["group"])]
-    for number, runs in twice.groupby("group"): yield _used_again(case, number, runs, "warning", "more than once")
+    again = seeded[seeded.duplicated(["group", "seed"], keep=False)]
+    twice = again[again.duplicated(["group", "seed", "repeat", "host_id"], keep=False)]
+    related = again[~again["group"].isin(twice["group"])]
+    for number, runs in twice.groupby("group"):
+        yield _used_again(case, number, runs, "warning", "more than once")
     for number, runs in related.groupby("group"):
         where = "on several machines" if runs["host_id"].nunique() > 1 else "in several repeats"
         yield _used_again(case, number, runs, "note", where)

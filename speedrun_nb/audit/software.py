@@ -183,7 +183,7 @@ def _differing(
 # %% ../../nbs/audit/14_software.ipynb #cell-32
 def _as_many(columns:Iterable[str])->str: return " on as many processes" if "ranks" in columns else ""
 
-# %% ../../nbs/audit/14_software.ipynb #cell-33
+# %% ../../nbs/audit/14_software.ipynb #cell-34
 def _between(
     severity:str,
     differing:dict,             # column -> values of either side
@@ -204,7 +204,7 @@ def _between(
         **on_groups(tables),
     )
 
-# %% ../../nbs/audit/14_software.ipynb #cell-35
+# %% ../../nbs/audit/14_software.ipynb #cell-36
 def _software_between(
     case:Case,
     table:pd.DataFrame,  # of `table_of`
@@ -217,7 +217,7 @@ def _software_between(
         tables.append(rows)
     return [_between(severity, differing, tables) for (severity, *_), (differing, tables) in alike.items()]
 
-# %% ../../nbs/audit/14_software.ipynb #cell-40
+# %% ../../nbs/audit/14_software.ipynb #cell-41
 def _severity_within(
     rows:pd.DataFrame,  # of one group
     column:str,         # a key of `SOFTWARE`, or "data file ..."
@@ -227,7 +227,7 @@ def _severity_within(
     if by_machine or _part(column).severity == "note": return "note"
     return "serious" if column == "ranks" else "warning"
 
-# %% ../../nbs/audit/14_software.ipynb #cell-42
+# %% ../../nbs/audit/14_software.ipynb #cell-43
 def _within(
     severity:str,
     columns:dict,               # column -> values
@@ -246,7 +246,7 @@ def _within(
         **on_groups(tables),
     )
 
-# %% ../../nbs/audit/14_software.ipynb #cell-44
+# %% ../../nbs/audit/14_software.ipynb #cell-45
 def _varying_within(table:pd.DataFrame)->dict[tuple, list[pd.DataFrame]]:
     "(severity, column, values) -> the runs of groups that differ so; one that is serious stands alone."
     alike, varying = {}, _varying(table)
@@ -259,7 +259,7 @@ def _varying_within(table:pd.DataFrame)->dict[tuple, list[pd.DataFrame]]:
             alike.setdefault((severity, column, values, alone), []).append(rows)
     return alike
 
-# %% ../../nbs/audit/14_software.ipynb #cell-46
+# %% ../../nbs/audit/14_software.ipynb #cell-47
 def _software_within(table:pd.DataFrame)->list[Finding]:
     "Runs of one group with different software; groups with the same differences in one finding."
     merged = {}
@@ -269,7 +269,7 @@ def _software_within(table:pd.DataFrame)->list[Finding]:
         columns[column] = list(values)
     return [_within(severity, columns, tables) for (severity, _), (columns, tables) in merged.items()]
 
-# %% ../../nbs/audit/14_software.ipynb #cell-48
+# %% ../../nbs/audit/14_software.ipynb #cell-49
 _SURE = 0.001  # p below which qualities do differ
 
 def _code_differs(
@@ -290,7 +290,7 @@ def _code_differs(
         **on_groups([rows]),
     )
 
-# %% ../../nbs/audit/14_software.ipynb #cell-50
+# %% ../../nbs/audit/14_software.ipynb #cell-51
 def _code_within(
     case:Case,
     table:pd.DataFrame,  # of `table_of`
@@ -303,7 +303,7 @@ def _code_within(
             p = differ(rows[metric.name], rows[column])
             if p is not None and p < _SURE / len(qualities): yield _code_differs(rows, metric, column, p)
 
-# %% ../../nbs/audit/14_software.ipynb #cell-51
+# %% ../../nbs/audit/14_software.ipynb #cell-52
 @check("mixed-software", "runs of different software, code, data or number of processes are compared", given="part")
 def check_mixed_software(case:Case)->list[Finding]:
     "Serious where it separates a variant from the baseline; less within a group."

@@ -99,10 +99,12 @@ def check_resumed_runs(case:Case)->Iterator[Finding]:
 def _repeated(group:Group)->dict[str, tuple[int, int]]:
     "By run_id: tokens trained on and unique tokens, of the runs that repeat some."
     if "tokens" not in group.runs: return {}
-    known = zip(group.runs["run_id"], group.runs["tokens"], strict=True)
-    pairs = {run: (tokens.get("trained"), tokens.get("unique")) for run, tokens in known if isinstance(tokens, Mapping)}
-    def is_repeated(trained, unique): return trained and unique and trained > unique
-    return {run: pair for run, pair in pairs.items() if is_repeated(*pair)}
+    found = {}
+    for run, tokens in zip(group.runs["run_id"], group.runs["tokens"], strict=True):
+        if not isinstance(tokens, Mapping): continue
+        trained, unique = tokens.get("trained"), tokens.get("unique")
+        if trained and unique and trained > unique: found[run] = (trained, unique)
+    return found
 
 def _large(n:int)->str:
     "`2.674 billion`, `800 million`, `2,400`"

@@ -258,7 +258,7 @@ def _label(axis, report, metric:Metric, drawn, over_time):
 
 # %% ../../nbs/report/06_figures.ipynb #cell-20
 def power_curves(
-    plan,  # a `Plan`
+    plan,  # a `PowerAnalysis`
 ):         # a matplotlib figure
     "Power by number of runs on each side, for every question of a plan, at the estimated spread and at its upper limit."
     curves = plan.curves()

@@ -25,9 +25,10 @@ from ..core.settings import read_yaml
 from ..core.study import Study, from_root, load_study, study_names
 from ..core.variants import Variant, claim_of, profile_names, resolve, variant_names, without_stage
 from ..evidence.case import Case, by_baseline, make_case, nearest_baseline, rivals
-from ..evidence.comparison import Comparison, compare_in
+from ..evidence.comparison import Comparison
 from ..evidence.frontier import budget_groups
 from ..evidence.groups import Group
+from ..evidence.verdict import compare_in
 
 # %% ../../nbs/report/01_study.ipynb #cell-05
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def _published(case:Case)->tuple[dict[str, Variant], list[Group]]:
 
 def _as_published(case:Case, baseline:Group, group:Group)->Variant:
     "A variant by what its logs show, with the title of ours that it is named after."
-    name = without_stage(group.variant)
+    name = without_stage(case.study, group.variant)
     known = read_yaml(case.study.params / f"{name}.yaml") if name in variant_names(case.study) else {}
     return Variant(case.study, group.name, case.profile, known.get("title", group.variant), None, group.config or {}, baseline.config or {}, claim_of(case.study, group.variant), "Published runs.")
 

@@ -17,9 +17,10 @@ from ..core.plans import SweepPlan
 from ..core.study import Study, load_study
 from ..core.variants import claim_of, plain_hashes
 from ..evidence.case import Case, by_baseline, focus, make_case, named_group
-from ..evidence.comparison import Comparison, Results, compare_in, goal_of, related_to, results, significance
+from ..evidence.comparison import Comparison, Results, goal_of, related_to, results, significance
 from ..evidence.frontier import budget_groups
 from ..evidence.groups import Group, filter_runs, find_group
+from ..evidence.verdict import compare_in
 
 # %% ../../nbs/audit/18_audit.ipynb #cell-05
 _NOTEBOOKS = (

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from speedrun_nb.audit.audit import audit, compare
-from speedrun_nb.audit.plans import audit_plans
+from speedrun_nb.audit.plans import check_claim_changed, check_exploratory_runs, check_plan_extended
 from speedrun_nb.core.batch import run_batch
 from speedrun_nb.core.errors import SpeedrunError
 from speedrun_nb.core.plans import SweepPlan, freeze, plan_folder, read_plans
@@ -32,6 +32,9 @@ from speedrun_nb.sweep.plan import as_frozen
 from speedrun_nb.sweep.slots import Slot
 
 CIFAR = load_study("cifar")
+
+
+def audit_plans(case): return check_exploratory_runs(case) + check_claim_changed(case) + check_plan_extended(case)
 
 
 def train(settings, seeds):

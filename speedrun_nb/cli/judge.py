@@ -187,7 +187,7 @@ def save_power_curves(planned, path:Path)->None:
 # %% ../../nbs/cli/02_judge.ipynb #cell-19
 def spread_warnings(case, baseline:str)->list[str]:
     "Notes where the baseline's runs come from several machines, whose spread is counted as well."
-    from speedrun_nb.audit.conditions import check_mixed_hosts
+    from speedrun_nb.audit.machines import check_mixed_hosts
     found = [f for f in check_mixed_hosts(case) if f.severity == "serious" and f.groups == (baseline,)]
     return [f"{f.message} This plan counts the spread between machines as well. {f.remedy}" for f in found]
 

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from .shards import HEADER_BYTES, numbered_shards, open_shard
 
 from ..core.errors import SpeedrunError
 from ..core.files import cache_folder, data_folders
 from ..core.records import write_json
 from .settings import Data
+from .shards import HEADER_BYTES, numbered_shards, open_shard
 from .text import embedded_tokens
 
 # %% ../../nbs/gpt/03_data.ipynb #cell-05

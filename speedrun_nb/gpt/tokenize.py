@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from .shards import HEADER_BYTES, ShardWriter, numbered_shards
 
 import speedrun_nb
 from ..core.errors import SpeedrunError, one_of
@@ -34,6 +33,7 @@ from ..core.words import count, listed
 from .data import inspect_shard
 from .documents import document_reader, open_parquet, parquet_documents
 from .settings import NAME_PATTERN
+from .shards import HEADER_BYTES, ShardWriter, numbered_shards
 from .text import byte_encoding, gpt2_encoding
 
 # %% ../../nbs/gpt/18_tokenize.ipynb #cell-05

@@ -106,11 +106,11 @@ def test_no_network(hub, folder, speedrun, failure, after):
 def test_a_truncated_file_is_fetched_anew(hub, folder):
     data.fetch(FINEWEB, 2)
     (folder / NAMES[1]).write_bytes(hub.files[NAMES[1]][:-100])
-    assert ["truncated" in row["right"] for row in data.check(FINEWEB)] == [False, True, False]
+    assert ["truncated" in row["right"] for row in data.check_files(FINEWEB)] == [False, True, False]
     hub.asked = []
     data.fetch(FINEWEB, 2)
     assert [name for name, _ in hub.asked] == [NAMES[1]]
-    assert [row["right"] for row in data.check(FINEWEB)] == ["yes"] * 3
+    assert [row["right"] for row in data.check_files(FINEWEB)] == ["yes"] * 3
 
 
 @pytest.mark.parametrize("spoil", [
@@ -134,7 +134,7 @@ def test_files_put_there_by_hand_are_compared_where_there_is_a_network(hub, fold
     data.fetch(FINEWEB, 1, told.append)
     assert hub.asked == [] and "not compared with those published" in told[0]
     (folder / "hashes.json").unlink()
-    assert [row["by"] for row in data.check(FINEWEB)] == ["size and header; hashes.json has no hash of it"] * 2
+    assert [row["by"] for row in data.check_files(FINEWEB)] == ["size and header; hashes.json has no hash of it"] * 2
     hub.after = None
     data.fetch(FINEWEB, 1)
     assert [name for name, _ in hub.asked] == [NAMES[1]]
@@ -161,7 +161,7 @@ def test_a_folder_that_speedrun_data_names_comes_first(hub, folder, monkeypatch,
     monkeypatch.setenv("SPEEDRUN_DATA", str(tmp_path / "own"))
     expected = f"1 of 103 shards in {own}, which lacks fineweb_val_000000.bin; `speedrun data fetch fineweb`"
     assert data.found_files(FINEWEB).startswith(expected)
-    assert [(row["found in"], row["right"]) for row in data.check(FINEWEB)] == [(None, "missing"), (own, "yes")]
+    assert [(row["found in"], row["right"]) for row in data.check_files(FINEWEB)] == [(None, "missing"), (own, "yes")]
 
 
 @pytest.mark.parametrize("arguments, expected", [

@@ -85,9 +85,9 @@ def data_fetch(name:DataName, shards:Shards=None):
 @data_app.command("check")
 def data_check(name:DataName, as_json:JSON=False):
     "Check size and content of every file of a data set, where SPEEDRUN_DATA says or in the cache folder."
-    from speedrun_nb.core.data import check
+    from speedrun_nb.core.data import check_files
     from speedrun_nb.core.study import load_dataset
-    rows = check(load_dataset(name))
+    rows = check_files(load_dataset(name))
     print_rows(rows, as_json)
     if any(row["right"] != "yes" for row in rows):
         raise SpeedrunError(f"{name} is not complete; `speedrun data fetch {name}` downloads it")

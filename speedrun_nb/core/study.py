@@ -174,10 +174,11 @@ class Study:
         return project_root() / "params" / self.name
 
 # %% ../../nbs/core/03_study.ipynb #cell-32
+def _makes_study(path:Path)->bool: return "\nSTUDY = " in path.read_text(encoding="utf-8")
+
 def study_names()->list[str]:
-    "The packages that define a study: those with settings."
-    names = {path.parent.name for path in _package_folder().glob("*/settings.py")}
-    return sorted(names - {"core"})
+    "The folders of the package that define a study."
+    return sorted(path.parent.name for path in _package_folder().glob("*/settings.py") if _makes_study(path))
 
 def load_study(name:str)->Study:
     "Find a study by name. Raises `SpeedrunError` with the nearest valid name."

@@ -110,7 +110,7 @@ for name in modules: importlib.import_module(name)
 from speedrun_nb.core.variants import load_study, resolve, study_names, variant_names
 for study in map(load_study, study_names()):
     for name in variant_names(study): resolve(study, name, "demo")
-from speedrun_nb.report.study import made_up_runs
+from speedrun_nb.report.study import load_report
 assert "torch" not in sys.modules
 print(len(modules))
 """

@@ -9,6 +9,7 @@ from dataclasses import asdict
 
 import pandas as pd
 import pytest
+from simulate import simulated_runs
 
 from speedrun_nb.audit.audit import audit, compare
 from speedrun_nb.audit.plans import audit_plans
@@ -24,7 +25,7 @@ from speedrun_nb.evidence.plans import EXPLORATORY, planned_by
 from speedrun_nb.render.render import render
 from speedrun_nb.report import evidence_tables as evidence
 from speedrun_nb.report import planned, tables
-from speedrun_nb.report.study import load_report, made_up_runs
+from speedrun_nb.report.study import load_report
 from speedrun_nb.sweep.drive import Drive
 from speedrun_nb.sweep.file import read_sweep
 from speedrun_nb.sweep.local import Slot
@@ -136,7 +137,7 @@ def test_plans_that_stop_when_they_are_decided(sweep, tmp_path):
 
 
 def test_without_a_plan_there_is_one_note(tmp_path):
-    made_up_runs(tmp_path, effects={name: (0, 0) for name in ("baseline", "det_crop", "det_crop_backoff", "random_crop_backoff")}, runs=3)
+    simulated_runs(tmp_path, effects={name: (0, 0) for name in ("baseline", "det_crop", "det_crop_backoff", "random_crop_backoff")}, runs=3)
     frame, _ = read_runs(tmp_path)
     assert ids(audit(frame, CIFAR, plans=read_plans(tmp_path))) == [("note", "exploratory-runs")] and ids(audit(frame, CIFAR)) == []
     report = load_report("cifar", tmp_path)
@@ -145,7 +146,7 @@ def test_without_a_plan_there_is_one_note(tmp_path):
 
 
 def test_runs_published_elsewhere_are_neither_planned_nor_exploratory(tmp_path):
-    made_up_runs(tmp_path, effects={"baseline": (0, 0), "det_crop": (0, 0)})
+    simulated_runs(tmp_path, effects={"baseline": (0, 0), "det_crop": (0, 0)})
     frame = read_runs(tmp_path)[0].assign(profile="published")
     plans = read_plans(tmp_path)
     assert planned_by(frame, plans).isna().all() and audit_plans(make_case(frame, CIFAR, plans=plans)) == []
@@ -174,7 +175,7 @@ def test_papers_tell_of_their_plans(sweep, tmp_path, monkeypatch):
     name = sweep(outputs)
     gpt = as_frozen(read_sweep("gpt_demo"))
     freeze(gpt, outputs)
-    made_up_runs(outputs, "gpt", effects={"baseline": (0, 0), "kv_1": (-1, 0.05)}, runs=3, sweep=gpt.name)
+    simulated_runs(outputs, "gpt", effects={"baseline": (0, 0), "kv_1": (-1, 0.05)}, runs=3, sweep=gpt.name)
     papers = shutil.copytree(from_root("paper"), tmp_path / "paper", ignore=shutil.ignore_patterns("_output"))
     made = {path.stem: words_of(path.read_text(encoding="utf-8")) for path in render(papers, ["cifar10", "nanogpt"], formats=["html"], engine="built-in").outputs}
     for text, plan, done in ((made["cifar10"], name, "All 8 were completed under the plan."), (made["nanogpt"], gpt.name, "Of these, 6 completed (6 under the plan) and 6 were not run. 0 of 2 blocks are complete.")):

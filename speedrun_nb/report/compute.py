@@ -16,7 +16,7 @@ import pandas as pd
 
 from ..core.words import count, listed
 from ..evidence.groups import Group
-from .stages import Stage, digits, mean_of_known, millions, tokens_of, whole_settings
+from .stages import Stage, mean_of_known, millions, significant, tokens_of, whole_settings
 from .style import markdown
 from .tables import NBSP
 
@@ -141,7 +141,7 @@ def _spent_row(
     "A sum as cells."
     return {
         "runs": total.runs, "failed or diverged": total.lost,
-        f"{process}-hours": _at_least(total, "hours", digits(total.hours, 3)),
+        f"{process}-hours": _at_least(total, "hours", significant(total.hours, 3)),
         "tokens trained (million)": _at_least(total, "tokens", millions(total.tokens)),
         "operations": _at_least(total, "flops", scientific(total.flops))}
 
@@ -171,7 +171,7 @@ def compute_table(stages:list[Stage])->str:
 def _spent_words(total:Spent, process:str)->list[str]:
     "What is known of a sum: hours, tokens, operations."
     parts = (
-        ("hours", "took", digits(total.hours, 3), f"{process}-hours"),
+        ("hours", "took", significant(total.hours, 3), f"{process}-hours"),
         ("tokens", "trained on", millions(total.tokens), "million tokens"),
         ("flops", "computed", scientific(total.flops), "floating-point operations"))
     least = {name: "at least " if name in total.unknown else "" for name, *_ in parts}
@@ -198,7 +198,7 @@ def _compiled_row(stage:Stage, group:Group)->dict:
     how = listed(sorted({c["how"] for c in counts}))
     row = {"profile": stage.profile, "variant": group.variant, "compiled": how, "runs": len(counts)}
     means = {heading: mean_of_known(c.get(name) for c in counts) for name, heading in _COMPILED.items()}
-    return row | {heading: digits(mean, 3) for heading, mean in means.items()}
+    return row | {heading: significant(mean, 3) for heading, mean in means.items()}
 
 def compiled_table(stages:Iterable[Stage])->str:
     "A row for each variant that was compiled: programs, recompilations and falls back to eager execution in a run."

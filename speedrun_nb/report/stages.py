@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['profiles_with_runs', 'main_profile', 'Stage', 'load_stages', 'stages_table', 'stages_sentence', 'whole_settings',
-           'sizes_of', 'published_note', 'tokens_of', 'mean_of_known', 'digits', 'millions', 'tokens_table']
+           'sizes_of', 'published_note', 'tokens_of', 'mean_of_known', 'significant', 'millions', 'tokens_table']
 
 # %% ../../nbs/report/05_stages.ipynb #cell-02
 import math
@@ -85,7 +85,7 @@ def _with_change(metric:Metric, baseline:Group|None, group:Group)->dict:
             f"Δ {metric.label} (%)": relative_change(baseline, group, metric)}
 
 def stages_table(stages:Iterable[Stage])->str:
-    "A row for each variant in each profile: quality and time, and their changes from that profile's baseline in per cent (Δ)."
+    "A row for each variant in each profile: quality and time, and their changes from that profile's baseline (Δ)."
     rows = []
     for stage in stages:
         time, quality, _ = main_metrics(stage.study)
@@ -148,17 +148,17 @@ def mean_of_known(values:Iterable[float|None])->float|None:
     known = [value for value in values if value is not None and math.isfinite(value)]
     return sum(known) / len(known) if known else None
 
-def digits(
+def significant(
     value:float|None,
-    n:int=4,           # significant digits
+    digits:int=4,
 )->str|None:
     "A number with so many significant digits: `2,674`, `0.1434`."
     if value is None: return None
     if value == 0: return "0"
-    decimals = n - 1 - math.floor(math.log10(abs(value)))
+    decimals = digits - 1 - math.floor(math.log10(abs(value)))
     return f"{value:,.{max(0, decimals)}f}"
 
-def millions(value:float|None)->str|None: return None if value is None else digits(value * 1e-6)
+def millions(value:float|None)->str|None: return None if value is None else significant(value * 1e-6)
 
 # %% ../../nbs/report/05_stages.ipynb #cell-24
 def _weights(stage:Stage, group:Group)->str|None:
@@ -170,11 +170,12 @@ def _tokens_row(stage:Stage, baseline:Group|None, group:Group)->dict:
     "One variant: tokens of a run, passes over its data, weights, memory."
     tokens = [tokens_of(run) for run in group.runs.to_dict("records")]
     row = {"profile": stage.profile, "variant": group.variant}
-    for name in ("trained", "unique"): row[f"tokens {name} (million)"] = millions(mean_of_known(t[name] for t in tokens))
-    row["passes"] = digits(mean_of_known(t["passes"] for t in tokens), 3)
+    means = {name: mean_of_known(t[name] for t in tokens) for name in ("trained", "unique", "passes")}
+    for name in ("trained", "unique"): row[f"tokens {name} (million)"] = millions(means[name])
+    row["passes"] = significant(means["passes"], 3)
     row["weights (million)"] = _weights(stage, group)
     return row | _with_change(main_metrics(stage.study)[2], baseline, group)
 
 def tokens_table(stages:Iterable[Stage])->str:
-    "A row for each variant in each profile: tokens that a run trained on, how many were different; the model's size and memory."
+    "A row for each variant in each profile: tokens that a run trained on and how many were different, weights, memory."
     return markdown([_tokens_row(stage, *pair) for stage in stages for pair in stage.pairs], right=2)

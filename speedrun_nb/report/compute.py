@@ -44,6 +44,7 @@ def run_seconds(
     measured = run.get("wall_seconds")
     return measured if measured is not None and math.isfinite(measured) else None
 
+# %% ../../nbs/report/06_compute.ipynb #cell-08
 def start_seconds(
     runs:Iterable[Mapping],  # of one batch
     provenance:Mapping,      # of it
@@ -53,7 +54,7 @@ def start_seconds(
     first = min((_moment(run.get("started_at")) for run in runs), default=pd.NaT)
     return (first - began).total_seconds() if first > began else 0.0
 
-# %% ../../nbs/report/06_compute.ipynb #cell-10
+# %% ../../nbs/report/06_compute.ipynb #cell-11
 @dataclass(frozen=True)
 class Spent:
     "What some runs took. None: not known of any of them."
@@ -64,6 +65,7 @@ class Spent:
     flops:float|None      # floating-point operations, by the study's formula
     unknown:dict          # what is not known of some: name -> of how many runs
 
+# %% ../../nbs/report/06_compute.ipynb #cell-12
 def _sum_of_known(values:Iterable[float|None])->float|None:
     known = [value for value in values if value is not None]
     return sum(known) if known else None
@@ -75,7 +77,7 @@ def together(totals:list[Spent])->Spent:
     unknown = sum((Counter(total.unknown) for total in totals), Counter())
     return Spent(**added, unknown=dict(unknown))
 
-# %% ../../nbs/report/06_compute.ipynb #cell-14
+# %% ../../nbs/report/06_compute.ipynb #cell-16
 def _by_batch(stage:Stage, runs:Iterable[Mapping])->dict[str, list[Mapping]]:
     "Runs by the folder of their batch."
     batches = {}
@@ -84,6 +86,7 @@ def _by_batch(stage:Stage, runs:Iterable[Mapping])->dict[str, list[Mapping]]:
         batches.setdefault(folder, []).append(run)
     return batches
 
+# %% ../../nbs/report/06_compute.ipynb #cell-17
 def _hours(stage:Stage, runs:Iterable[Mapping])->list[float|None]:
     "Hours of all processes, for each run."
     hours = []
@@ -97,13 +100,16 @@ def _hours(stage:Stage, runs:Iterable[Mapping])->list[float|None]:
             starting = 0
     return hours
 
-# %% ../../nbs/report/06_compute.ipynb #cell-15
+# %% ../../nbs/report/06_compute.ipynb #cell-18
 def _operations(stage:Stage, run:Mapping)->float|None:
     "Floating-point operations of a run, by the study's formula."
-    tokens, settings = tokens_of(run)["trained"], whole_settings(stage, run["variant"], run.get("config"))
-    if tokens is None or not settings or not stage.study.token_flops: return None
-    return tokens * stage.study.token_flops(settings)
+    tokens = tokens_of(run)["trained"]
+    settings = whole_settings(stage, run["variant"], run.get("config"))
+    formula = stage.study.token_flops
+    known = tokens is not None and settings and formula
+    return tokens * formula(settings) if known else None
 
+# %% ../../nbs/report/06_compute.ipynb #cell-19
 def spent(
     stage:Stage,
     runs:list[Mapping],  # records of its profile
@@ -113,14 +119,17 @@ def spent(
         "hours": _hours(stage, runs),
         "tokens": [tokens_of(run)["trained"] for run in runs],
         "flops": [_operations(stage, run) for run in runs]}
+    lost = sum(run["status"] != "completed" for run in runs)
     sums = {name: _sum_of_known(values) for name, values in parts.items()}
-    unknown = {name: values.count(None) for name, values in parts.items() if None in values}
-    return Spent(len(runs), sum(run["status"] != "completed" for run in runs), **sums, unknown=unknown)
+    missing = {name: values.count(None) for name, values in parts.items()}
+    unknown = {name: n for name, n in missing.items() if n}
+    return Spent(len(runs), lost, **sums, unknown=unknown)
 
+# %% ../../nbs/report/06_compute.ipynb #cell-20
 def _records(stage:Stage)->list[dict]:
     return stage.frame.drop(columns=["curve", "regions"], errors="ignore").to_dict("records")
 
-# %% ../../nbs/report/06_compute.ipynb #cell-21
+# %% ../../nbs/report/06_compute.ipynb #cell-26
 _SUPERSCRIPTS = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
 
 def scientific(value:float|None)->str|None:
@@ -129,11 +138,12 @@ def scientific(value:float|None)->str|None:
     mantissa, _, exponent = f"{value:.2e}".partition("e")
     return f"{mantissa}{NBSP}·{NBSP}10{str(int(exponent)).translate(_SUPERSCRIPTS)}"
 
-# %% ../../nbs/report/06_compute.ipynb #cell-23
+# %% ../../nbs/report/06_compute.ipynb #cell-28
 def _at_least(total:Spent, name:str, text:str|None)->str|None:
     "Mark a sum of which parts are not known."
     return f"≥{NBSP}{text}" if text is not None and name in total.unknown else text
 
+# %% ../../nbs/report/06_compute.ipynb #cell-29
 def _spent_row(
     total:Spent,
     process:str,  # "GPU" or "process"
@@ -145,38 +155,51 @@ def _spent_row(
         "tokens trained (million)": _at_least(total, "tokens", millions(total.tokens)),
         "operations": _at_least(total, "flops", scientific(total.flops))}
 
+# %% ../../nbs/report/06_compute.ipynb #cell-30
 def _process_kind(stages:Iterable[Stage])->str:
     "What the hours are hours of."
     return "GPU" if all((stage.frame["device"] == "cuda").all() for stage in stages) else "process"
 
-# %% ../../nbs/report/06_compute.ipynb #cell-24
+# %% ../../nbs/report/06_compute.ipynb #cell-31
 def _spent_by_variant(stage:Stage)->dict[str, Spent]:
     "What each variant took, in the order of the tables; those that no table shows come last."
     runs = _records(stage)
-    shown = [group.variant.partition("@")[0] for _, group in stage.pairs]
-    variants = dict.fromkeys([*shown, *(run["variant"] for run in runs)])
-    return {variant: spent(stage, [run for run in runs if run["variant"] == variant]) for variant in variants}
+    variants = [group.variant.partition("@")[0] for _, group in stage.pairs]
+    variants += [run["variant"] for run in runs]
+    totals = {}
+    for variant in dict.fromkeys(variants):
+        mine = [run for run in runs if run["variant"] == variant]
+        totals[variant] = spent(stage, mine)
+    return totals
 
+# %% ../../nbs/report/06_compute.ipynb #cell-32
 def compute_table(stages:list[Stage])->str:
     "A row for each variant in each profile, and their sum: everything that was run, also under other settings."
-    totals = {(stage.profile, variant): total
-              for stage in stages for variant, total in _spent_by_variant(stage).items()}
-    if len(totals) > 1: totals["all", ""] = together(list(totals.values()))
-    process = _process_kind(stages)
-    rows = [{"profile": profile, "variant": variant} | _spent_row(total, process)
-            for (profile, variant), total in totals.items()]
+    rows, totals, process = [], [], _process_kind(stages)
+    for stage in stages:
+        for variant, total in _spent_by_variant(stage).items():
+            totals.append(total)
+            rows.append({"profile": stage.profile, "variant": variant} | _spent_row(total, process))
+    if len(rows) > 1: rows.append({"profile": "all", "variant": ""} | _spent_row(together(totals), process))
     return markdown(rows, right=2)
 
-# %% ../../nbs/report/06_compute.ipynb #cell-27
-def _spent_words(total:Spent, process:str)->list[str]:
+# %% ../../nbs/report/06_compute.ipynb #cell-35
+def _spent_words(
+    total:Spent,
+    process:str,  # "GPU" or "process"
+)->list[str]:
     "What is known of a sum: hours, tokens, operations."
-    parts = (
-        ("hours", "took", significant(total.hours, 3), f"{process}-hours"),
-        ("tokens", "trained on", millions(total.tokens), "million tokens"),
-        ("flops", "computed", scientific(total.flops), "floating-point operations"))
-    least = {name: "at least " if name in total.unknown else "" for name, *_ in parts}
-    return [f"{verb} {least[name]}{figure} {unit}" for name, verb, figure, unit in parts if figure is not None]
+    least = {name: "at least " for name in total.unknown}
+    words = []
+    if total.hours is not None:
+        words.append(f"took {least.get('hours', '')}{significant(total.hours, 3)} {process}-hours")
+    if total.tokens is not None:
+        words.append(f"trained on {least.get('tokens', '')}{millions(total.tokens)} million tokens")
+    if total.flops is not None:
+        words.append(f"computed {least.get('flops', '')}{scientific(total.flops)} floating-point operations")
+    return words
 
+# %% ../../nbs/report/06_compute.ipynb #cell-36
 def compute_sentence(stages:list[Stage])->str:
     "What everything took together."
     if not stages: return "Nothing has been computed yet."
@@ -187,19 +210,23 @@ def compute_sentence(stages:list[Stage])->str:
     parts = _spent_words(total, _process_kind(stages))
     return f"{text} Together they {listed(parts)}." if parts else f"{text} What they took is not known."
 
-# %% ../../nbs/report/06_compute.ipynb #cell-32
+# %% ../../nbs/report/06_compute.ipynb #cell-41
 _COMPILED = {"graphs": "graphs", "recompiles": "recompilations", "fallbacks": "fallbacks to eager"}
 
 def _compiled_row(stage:Stage, group:Group)->dict:
     "One variant: what its compiled runs counted on average; empty where none was compiled."
-    recorded = [c for c in group.runs.get("compiled", ()) if isinstance(c, Mapping)]
-    counts = [c for c in recorded if c.get("how") not in (None, "none")]
+    recorded = [each for each in group.runs.get("compiled", ()) if isinstance(each, Mapping)]
+    counts = [each for each in recorded if each.get("how") not in (None, "none")]
     if not counts: return {}
-    how = listed(sorted({c["how"] for c in counts}))
-    row = {"profile": stage.profile, "variant": group.variant, "compiled": how, "runs": len(counts)}
-    means = {heading: mean_of_known(c.get(name) for c in counts) for name, heading in _COMPILED.items()}
-    return row | {heading: significant(mean, 3) for heading, mean in means.items()}
+    row = {"profile": stage.profile, "variant": group.variant}
+    row["compiled"] = listed(sorted({each["how"] for each in counts}))
+    row["runs"] = len(counts)
+    for name, heading in _COMPILED.items():
+        mean = mean_of_known(each.get(name) for each in counts)
+        row[heading] = significant(mean, 3)
+    return row
 
+# %% ../../nbs/report/06_compute.ipynb #cell-42
 def compiled_table(stages:Iterable[Stage])->str:
     "A row for each variant that was compiled: programs, recompilations and falls back to eager execution in a run."
     rows = [_compiled_row(stage, group) for stage in stages for _, group in stage.pairs]

@@ -28,6 +28,7 @@ class MeanCurve:
     mean:np.ndarray    # there
     sd:np.ndarray      # standard deviation between runs; 0 for a single run
 
+# %% ../../nbs/report/08_curves.ipynb #cell-06
 def _axis_of(
     curve:Mapping,   # of a run's record
     over_time:bool,
@@ -35,20 +36,24 @@ def _axis_of(
     "What a curve is drawn over, and where its entries are."
     return ("time", curve.get("time_seconds") or []) if over_time else curve_axis(curve)
 
+# %% ../../nbs/report/08_curves.ipynb #cell-07
 def _known(curve:Mapping, name:str, places:Sequence)->np.ndarray:
     "The points (n, 2) at which place and metric are both known, by place."
     pairs = zip(places, curve.get(name) or (), strict=False)
     points = np.array(sorted(pair for pair in pairs if None not in pair), float).reshape(-1, 2)
     return points[np.isfinite(points).all(1)]
 
-# %% ../../nbs/report/08_curves.ipynb #cell-06
-def _common_places(curves:Iterable[np.ndarray])->np.ndarray:
+# %% ../../nbs/report/08_curves.ipynb #cell-08
+def _common_places(
+    curves:Sequence[np.ndarray],  # points (n, 2) each, by place
+)->np.ndarray:
     "Every place of any curve at which all of them are known."
-    curves = list(curves)
-    first, last = max(points[0, 0] for points in curves), min(points[-1, 0] for points in curves)
+    starts = [points[0, 0] for points in curves]
+    ends = [points[-1, 0] for points in curves]
     places = np.unique(np.concatenate([points[:, 0] for points in curves]))
-    return places[(places >= first) & (places <= last)]
+    return places[(places >= max(starts)) & (places <= min(ends))]
 
+# %% ../../nbs/report/08_curves.ipynb #cell-09
 def mean_curve(
     group:Group,
     name:str,             # of a metric
@@ -65,21 +70,32 @@ def mean_curve(
     sd = values.std(0, ddof=1) if len(values) > 1 else np.zeros(len(places))
     return MeanCurve(axes[0][0], places, values.mean(0), sd)
 
-# %% ../../nbs/report/08_curves.ipynb #cell-10
+# %% ../../nbs/report/08_curves.ipynb #cell-13
+def _range(values:Iterable[np.ndarray])->tuple[float, float]:
+    "The lowest and the highest of all."
+    together = np.concatenate(list(values))
+    return together.min(), together.max()
+
+# %% ../../nbs/report/08_curves.ipynb #cell-14
 _FAR = 4  # times the range of what follows
 
 def cut_range(
     curves:Iterable[tuple[np.ndarray, np.ndarray]],  # places and values
 )->tuple[float, float]|None:                         # None: nothing is far out
     "The range of values that an axis should show, without a beginning that is far from the rest."
-    curves = list(curves)
-    late = [y[x >= x[0] + 0.1 * (x[-1] - x[0])] for x, y in curves if len(x) > 5]
+    late, everything = [], []
+    for places, values in curves:
+        everything.append(values)
+        tenth = places[0] + 0.1 * (places[-1] - places[0])
+        if len(places) > 5: late.append(values[places >= tenth])
     if not late: return None
-    low, high = min(map(np.min, late)), max(map(np.max, late))
-    whole = max(np.max(y) for _, y in curves) - min(np.min(y) for _, y in curves)
+    low, high = _range(late)
+    lowest, highest = _range(everything)
     room = 0.06 * (high - low)
-    return (low - room, high + room) if 0 < _FAR * (high - low) < whole else None
+    far_out = 0 < _FAR * (high - low) < highest - lowest
+    return (low - room, high + room) if far_out else None
 
+# %% ../../nbs/report/08_curves.ipynb #cell-15
 def _cut(axis, curves:Iterable[tuple[np.ndarray, np.ndarray]]):
     "Cut what is far out."
     shown = cut_range(curves)
@@ -88,20 +104,21 @@ def _cut(axis, curves:Iterable[tuple[np.ndarray, np.ndarray]]):
     words = "the axis leaves out the beginning"
     axis.text(0.02, 0.02, words, transform=axis.transAxes, fontsize=6.5, color="#888888")
 
-# %% ../../nbs/report/08_curves.ipynb #cell-13
+# %% ../../nbs/report/08_curves.ipynb #cell-18
 def _draw_band(axis, curve:MeanCurve, label:str, **style):
     "A curve, and one standard deviation on either side."
     axis.plot(curve.places, curve.mean, label=label, **style)
     low, high = curve.mean - curve.sd, curve.mean + curve.sd
     axis.fill_between(curve.places, low, high, color=style["color"], alpha=0.15, linewidth=0)
 
+# %% ../../nbs/report/08_curves.ipynb #cell-19
 def _shown_curve(group:Group, metric:Metric, over_time:bool)->MeanCurve|None:
     "A group's mean curve, in the unit that readers see."
     found = mean_curve(group, metric.name, over_time)
     if found is None: return None
     return MeanCurve(found.over, found.places, found.mean * metric.scale, found.sd * metric.scale)
 
-# %% ../../nbs/report/08_curves.ipynb #cell-15
+# %% ../../nbs/report/08_curves.ipynb #cell-21
 def _label_axes(
     axis,
     report:StudyReport,
@@ -118,10 +135,11 @@ def _label_axes(
     applies = target and target.metric == metric.name and not report.notice
     if over_time and applies: axis.axhline(target.value * metric.scale, color="#888888", linewidth=0.8, linestyle="--")
 
+# %% ../../nbs/report/08_curves.ipynb #cell-22
 def _points(curves:Iterable[MeanCurve])->list[tuple[np.ndarray, np.ndarray]]:
     return [(curve.places, curve.mean) for curve in curves]
 
-# %% ../../nbs/report/08_curves.ipynb #cell-17
+# %% ../../nbs/report/08_curves.ipynb #cell-24
 _MANY = 8      # variants that one panel can hold
 _COLUMNS = 4   # of panels
 
@@ -131,27 +149,46 @@ def _add_legend(figure, axis):
     if len(handles) > 5: figure.legend(handles.values(), handles, loc="outside right upper")
     elif handles: axis.legend(handles.values(), handles)
 
-def _curves_together(report:StudyReport, metrics:Sequence[Metric], over_time:bool=False):
+# %% ../../nbs/report/08_curves.ipynb #cell-25
+def _draw_together(
+    axis,
+    report:StudyReport,
+    metric:Metric,
+    over_time:bool,
+):
+    "One metric of all variants."
+    drawn = []
+    for group in report.groups:
+        curve = _shown_curve(group, metric, over_time)
+        if not curve: continue
+        drawn.append(curve)
+        _draw_band(axis, curve, group.variant, **line_style(report, group.variant))
+    _cut(axis, _points(drawn))
+    _label_axes(axis, report, metric, drawn, over_time)
+
+# %% ../../nbs/report/08_curves.ipynb #cell-26
+def _curves_together(
+    report:StudyReport,
+    metrics:Sequence[Metric],
+    over_time:bool=False,
+):
     "A panel a metric, with all variants."
     with styled_figure(report.notice, figsize=(7, 2.8)) as figure:
         if not metrics: return figure
         panels = figure.subplots(1, len(metrics), squeeze=False)[0]
         for axis, metric in zip(panels, metrics, strict=True):
-            curves = {group.variant: _shown_curve(group, metric, over_time) for group in report.groups}
-            curves = {name: curve for name, curve in curves.items() if curve}
-            for name, curve in curves.items(): _draw_band(axis, curve, name, **line_style(report, name))
-            _cut(axis, _points(curves.values()))
-            _label_axes(axis, report, metric, list(curves.values()), over_time)
+            _draw_together(axis, report, metric, over_time)
         _add_legend(figure, axis)
     return figure
 
-# %% ../../nbs/report/08_curves.ipynb #cell-18
+# %% ../../nbs/report/08_curves.ipynb #cell-27
 def _many_panels(n:int)->tuple[dict, dict]:
     "The size of a figure with a panel for each of n variants, and how to divide it."
     rows = math.ceil(n / _COLUMNS)
     grid = dict(nrows=rows, ncols=_COLUMNS, sharex=True, sharey=True, squeeze=False)
     return dict(figsize=(7, 0.5 + 1.45 * rows)), grid
 
+# %% ../../nbs/report/08_curves.ipynb #cell-28
 def _trim_panels(panels, titles:Sequence[str]):
     "Titles, labels below the last panel of each column only, and no axes around nothing."
     for number, axis in enumerate(panels.flat):
@@ -164,26 +201,39 @@ def _trim_panels(panels, titles:Sequence[str]):
         axis.set_ylabel("")
         if not lowest: axis.set_xlabel("")
 
-# %% ../../nbs/report/08_curves.ipynb #cell-19
-def _curves_apart(report:StudyReport, metric:Metric, over_time:bool=False):
+# %% ../../nbs/report/08_curves.ipynb #cell-29
+def _draw_beside(
+    axis,
+    curves:dict[str, MeanCurve|None],  # of the baseline and of one other
+    shade:str,                         # of the other
+):
+    "A variant's curve, and the baseline's in grey."
+    for (name, curve), color in zip(curves.items(), ("#999999", shade), strict=True):
+        if curve: _draw_band(axis, curve, name, color=color, linestyle="-", linewidth=1.2)
+
+# %% ../../nbs/report/08_curves.ipynb #cell-30
+def _curves_apart(
+    report:StudyReport,
+    metric:Metric,
+    over_time:bool=False,
+):
     "A panel a variant, with the baseline's curve in grey."
-    baseline, *others = [group.variant for group in report.groups]
     curves = {group.variant: _shown_curve(group, metric, over_time) for group in report.groups}
+    baseline, *others = curves
     drawn = [curve for curve in curves.values() if curve]
     size, grid = _many_panels(len(others))
     with styled_figure(report.notice, **size) as figure:
         panels = figure.subplots(**grid)
         for axis, name in zip(panels.flat, others, strict=False):
-            shades = {baseline: "#999999", name: colour(report, name)}
-            for each in (baseline, name):
-                if curves[each]: _draw_band(axis, curves[each], each, color=shades[each], linestyle="-", linewidth=1.2)
+            pair = {each: curves[each] for each in (baseline, name)}
+            _draw_beside(axis, pair, colour(report, name))
             _label_axes(axis, report, metric, drawn, over_time)
         _cut(panels.flat[0], _points(drawn))
         _trim_panels(panels, others)
         figure.supylabel(axis_label(metric), fontsize=9)
     return figure
 
-# %% ../../nbs/report/08_curves.ipynb #cell-21
+# %% ../../nbs/report/08_curves.ipynb #cell-32
 def _recorded_metrics(report:StudyReport)->list[Metric]:
     "The quality metrics that any run recorded on the way, in the order of the records."
     curves = [curve for group in report.groups for curve in group.runs["curve"] if curve]
@@ -191,6 +241,7 @@ def _recorded_metrics(report:StudyReport)->list[Metric]:
     metrics = [report.study.metrics[name] for name in names if name in report.study.metrics]
     return [metric for metric in metrics if metric.quality]
 
+# %% ../../nbs/report/08_curves.ipynb #cell-33
 def learning_curves(
     report:StudyReport,
 ):                      # a matplotlib figure
@@ -199,7 +250,7 @@ def learning_curves(
     apart = metrics and len(report.groups) > _MANY
     return _curves_apart(report, metrics[0]) if apart else _curves_together(report, metrics)
 
-# %% ../../nbs/report/08_curves.ipynb #cell-26
+# %% ../../nbs/report/08_curves.ipynb #cell-38
 def quality_over_time(
     report:StudyReport,
 ):                      # a matplotlib figure
@@ -210,7 +261,7 @@ def quality_over_time(
     if len(report.groups) > _MANY: return _curves_apart(report, metric, over_time=True)
     return _curves_together(report, [metric], over_time=True)
 
-# %% ../../nbs/report/08_curves.ipynb #cell-29
+# %% ../../nbs/report/08_curves.ipynb #cell-41
 def _difference(
     report:StudyReport,
     c:Comparison,
@@ -218,33 +269,38 @@ def _difference(
 )->MeanCurve|None:       # the standard deviation is that of the difference between two runs
     "The mean curve of a variant less that of its baseline, where both are known."
     groups = {group.name: group for group in report.groups}
-    one, other = (_shown_curve(groups[side.name], metric, False) for side in (c.variant, c.baseline))
+    one = _shown_curve(groups[c.variant.name], metric, over_time=False)
+    other = _shown_curve(groups[c.baseline.name], metric, over_time=False)
     if not one or not other: return None
-    places = one.places[(one.places >= other.places[0]) & (one.places <= other.places[-1])]
+    start, end = other.places[0], other.places[-1]
+    places = one.places[(one.places >= start) & (one.places <= end)]
     if not len(places): return None
-    mean, base = (np.interp(places, curve.places, curve.mean) for curve in (one, other))
+    mean = np.interp(places, one.places, one.mean)
+    baseline = np.interp(places, other.places, other.mean)
     spreads = [np.interp(places, curve.places, curve.sd) for curve in (one, other)]
-    return MeanCurve(one.over, places, mean - base, np.hypot(*spreads))
+    return MeanCurve(one.over, places, mean - baseline, np.hypot(*spreads))
 
+# %% ../../nbs/report/08_curves.ipynb #cell-42
 def _differences(report:StudyReport, metric:Metric)->dict[str, MeanCurve]:
     "By variant; those that have none are left out."
     found = {c.variant.variant: _difference(report, c, metric) for c in report.comparisons}
     return {name: curve for name, curve in found.items() if curve}
 
-# %% ../../nbs/report/08_curves.ipynb #cell-30
+# %% ../../nbs/report/08_curves.ipynb #cell-43
 def _draw_difference(axis, curve:MeanCurve, name:str, **style):
     "One variant around the line of its baseline."
     axis.axhline(0, color="#999999", linewidth=0.8)
     _draw_band(axis, curve, name, **style)
     axis.set_xlabel(curve.over)
 
+# %% ../../nbs/report/08_curves.ipynb #cell-44
 def _differences_together(figure, report:StudyReport, found:dict[str, MeanCurve]):
     "All variants in one panel."
     axis = figure.subplots()
     for name, curve in found.items(): _draw_difference(axis, curve, name, **line_style(report, name))
     return axis
 
-# %% ../../nbs/report/08_curves.ipynb #cell-31
+# %% ../../nbs/report/08_curves.ipynb #cell-45
 def curve_differences(
     report:StudyReport,
 ):                      # a matplotlib figure

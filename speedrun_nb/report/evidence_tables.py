@@ -30,6 +30,7 @@ def _resolved(
     "Amounts of a metric with decimals to match an interval."
     return partial(amount, finer(metric, half(interval)))
 
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-07
 def _difference_cells(
     absolute:float|None,
     interval:tuple|None,
@@ -40,7 +41,7 @@ def _difference_cells(
     words = None if absolute is None else size(absolute, show)
     return {"difference": words, "95 % interval": span(interval, show) if interval else None}
 
-# %% ../../nbs/report/03_evidence_tables.ipynb #cell-07
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-08
 def _relative_words(
     relative:float|None,
     interval:tuple|None,
@@ -51,7 +52,7 @@ def _relative_words(
     within = f" ({span(interval, show)})" if interval else ""
     return size(relative, show) + within
 
-# %% ../../nbs/report/03_evidence_tables.ipynb #cell-10
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-11
 def _side_row(
     side,             # `baseline` or `variant` of a `Comparison`
     metric:Metric,
@@ -66,14 +67,16 @@ def _side_row(
     row["spread"] = None if side.cv is None else f"{100 * side.cv:.2g} %"
     return row
 
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-12
 def side_rows(c:Comparison)->list[dict]:
     "The two samples of a comparison; failures are a column only where something failed."
-    lost = {side.name: side.failed + side.diverged for side in (c.baseline, c.variant)}
-    rows = [_side_row(side, c.metric) for side in (c.baseline, c.variant)]
-    if any(lost.values()): rows = [row | {"failed": lost[row[""]]} for row in rows]
-    return rows
+    sides = (c.baseline, c.variant)
+    rows = [_side_row(side, c.metric) for side in sides]
+    lost = [side.failed + side.diverged for side in sides]
+    if not any(lost): return rows
+    return [row | {"failed": n} for row, n in zip(rows, lost, strict=True)]
 
-# %% ../../nbs/report/03_evidence_tables.ipynb #cell-13
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-15
 _MEANS = (  # field of `tests`, name, its statistic, what it asks
     ("welch", "Welch's t", "t = {0.t:.2f}, df = {0.df:.1f}", "same mean?"),
     ("student", "Student's t", "t = {0.t:.2f}", "same mean, if spread is equal?"),
@@ -84,7 +87,7 @@ def _pooled(c:Comparison)->str:
     "What must stand with a figure that ignores hosts and blocks."
     return ", all runs pooled" if c.stratified else ""
 
-# %% ../../nbs/report/03_evidence_tables.ipynb #cell-14
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-16
 def _test_row(
     test:str,
     p:float,
@@ -95,13 +98,20 @@ def _test_row(
     shown = {"statistic": statistic} if statistic else {}
     return {"test": test} | shown | {"p": p_cell(p), "asks": asks}
 
-def _plain_tests(c:Comparison, tests:Iterable[tuple])->list[dict]:
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-17
+def _plain_tests(
+    c:Comparison,
+    tests:Iterable[tuple],  # `_MEANS` or `_SPREADS`
+)->list[dict]:
     "Those of some tests that could be computed."
-    found = [(getattr(c.tests, field), *words) for field, *words in tests]
-    return [_test_row(name + _pooled(c), result.p, asks, statistic.format(result))
-            for result, name, statistic, asks in found if result]
+    rows = []
+    for field, name, statistic, asks in tests:
+        result = getattr(c.tests, field)
+        if not result: continue
+        rows.append(_test_row(name + _pooled(c), result.p, asks, statistic.format(result)))
+    return rows
 
-# %% ../../nbs/report/03_evidence_tables.ipynb #cell-16
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-19
 def _permutation_tests(c:Comparison)->list[dict]:
     "The permutation test, if there is one."
     test = c.tests.permutation
@@ -111,34 +121,38 @@ def _permutation_tests(c:Comparison)->list[dict]:
     statistic = f"{how}{within}; smallest possible p {test.smallest_p:.2g}"
     return [_test_row("permutation", test.p, "could labels be swapped?", statistic)]
 
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-20
 def _normality_tests(c:Comparison)->list[dict]:
     "Is each side normally distributed?"
     test = c.tests.shapiro
     sides = {"baseline": test.baseline, "variant": test.variant} if test else {}
     return [_test_row(f"Shapiro-Wilk, {side}{_pooled(c)}", p, "normal?") for side, p in sides.items() if p is not None]
 
-# %% ../../nbs/report/03_evidence_tables.ipynb #cell-17
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-21
 def test_rows(c:Comparison)->list[dict]:
     "What each test of a comparison gives."
     return [*_plain_tests(c, _MEANS), *_permutation_tests(c), *_plain_tests(c, _SPREADS), *_normality_tests(c)]
 
-# %% ../../nbs/report/03_evidence_tables.ipynb #cell-20
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-24
 def _standardised_rows(c:Comparison)->list[dict]:
     "The difference in standard deviations."
-    e, rows = c.effect, []
-    if e.cohens_d is not None: rows.append({"effect size": f"Cohen's d{_pooled(c)}", "value": f"{e.cohens_d:+.2f}"})
+    e, rows, pooled = c.effect, [], _pooled(c)
+    if e.cohens_d is not None:
+        rows.append({"effect size": f"Cohen's d{pooled}", "value": f"{e.cohens_d:+.2f}"})
     if e.hedges_g is not None:
-        within = " to ".join(f"{x:+.2f}" for x in e.ci95) if e.ci95 else None
-        rows.append({"effect size": f"Hedges' g{_pooled(c)}", "value": f"{e.hedges_g:+.2f}", "95 % interval": within})
+        row = {"effect size": f"Hedges' g{pooled}", "value": f"{e.hedges_g:+.2f}"}
+        row["95 % interval"] = " to ".join(f"{edge:+.2f}" for edge in e.ci95) if e.ci95 else None
+        rows.append(row)
     return rows
 
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-25
 def _bootstrap_row(c:Comparison)->dict:
     "The difference with an interval that assumes no distribution."
     d, name = c.difference, f"pooled difference, bootstrap (BCa): variant minus baseline, {c.metric.better} is better"
     value = _difference_cells(d.absolute, d.ci95, c.metric)["difference"]
     return {"effect size": name, "value": value, "95 % interval": span(d.bca95, _resolved(c.metric, d.bca95))}
 
-# %% ../../nbs/report/03_evidence_tables.ipynb #cell-21
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-26
 def effect_rows(c:Comparison)->list[dict]:
     "Effect sizes of a comparison; positive means that the variant is better."
     rows, probability = _standardised_rows(c), c.effect.probability_better
@@ -148,7 +162,7 @@ def effect_rows(c:Comparison)->list[dict]:
     if c.difference.bca95: rows.append(_bootstrap_row(c))
     return rows
 
-# %% ../../nbs/report/03_evidence_tables.ipynb #cell-24
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-29
 @dataclass(frozen=True)
 class Way:
     "One estimate of a difference; None where something is not known."
@@ -161,6 +175,7 @@ class Way:
     p:float|None = None
     judged:bool = False           # does the verdict judge it?
 
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-30
 def _way(
     what:str,
     difference,     # has absolute, ci95, relative and perhaps ci95_relative
@@ -171,24 +186,29 @@ def _way(
     relative_interval = getattr(difference, "ci95_relative", None)
     return Way(what, runs, difference.absolute, difference.ci95, difference.relative, relative_interval, **more)
 
-# %% ../../nbs/report/03_evidence_tables.ipynb #cell-25
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-31
 def _pooled_way(c:Comparison)->Way:
     p = c.tests.welch.p if c.tests.welch else None
     judged = c.estimate.method == "welch"
     return _way("all runs pooled (Welch)", c.difference, c.baseline.n + c.variant.n, p=p, judged=judged)
 
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-32
 def _strata_ways(c:Comparison)->list[Way]:
     "Each host or block alone, all together, and what they say of another one."
     within = c.stratified
     if not within: return []
-    kind = c.strata[0].kind
-    ways = [_way(s.name, s.difference, s.n_baseline + s.n_variant) for s in c.strata]
-    runs = sum(way.runs for way in ways) - within.unused
-    ways.append(_way(f"within {kind}s", within, runs, p=within.p, judged=c.estimate.method == "stratified"))
-    if within.random: ways.append(_way(f"for another {kind} (random effects)", within.random, p=within.random.p))
+    kind, judged = c.strata[0].kind, c.estimate.method == "stratified"
+    ways, runs = [], -within.unused
+    for stratum in c.strata:
+        n = stratum.n_baseline + stratum.n_variant
+        ways.append(_way(stratum.name, stratum.difference, n))
+        runs += n
+    ways.append(_way(f"within {kind}s", within, runs, p=within.p, judged=judged))
+    other = within.random
+    if other: ways.append(_way(f"for another {kind} (random effects)", other, p=other.p))
     return ways
 
-# %% ../../nbs/report/03_evidence_tables.ipynb #cell-26
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-33
 def _paired_ways(c:Comparison)->list[Way]:
     "Runs of equal seeds, if both sides have some."
     pairs = c.paired
@@ -198,18 +218,21 @@ def _paired_ways(c:Comparison)->list[Way]:
         f"in pairs of equal seeds{moving}", 2 * pairs.n, pairs.mean, pairs.ci95,
         pairs.estimate.relative, pairs.ci95_relative, pairs.p, judged=c.estimate.method == "paired")]
 
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-34
 def _frontier_ways(c:Comparison)->list[Way]:
     "The time that a variant saves at equal quality, if the baseline was run at several budgets."
-    if not c.frontier or not c.frontier.time or c.metric.name != "time_seconds": return []
-    saved, quality = c.frontier.time, c.frontier_metrics[1]
-    judged = c.estimate.method == "frontier"
-    return [_way(f"at equal {quality.label} (frontier)", saved, p=saved.p, judged=judged)]
+    saved = c.frontier.time if c.frontier else None
+    if not saved or c.metric.name != "time_seconds": return []
+    quality = c.frontier_metrics[1]
+    what = f"at equal {quality.label} (frontier)"
+    return [_way(what, saved, p=saved.p, judged=c.estimate.method == "frontier")]
 
-# %% ../../nbs/report/03_evidence_tables.ipynb #cell-27
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-35
 def ways(c:Comparison)->list[Way]:
     "Every way of looking at the difference of a comparison."
     return [_pooled_way(c), *_strata_ways(c), *_paired_ways(c), *_frontier_ways(c)]
 
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-36
 def design_rows(c:Comparison)->list[dict]:
     "The difference of a comparison by every way of looking at it, in words; the one that the verdict judges is marked."
     return [{
@@ -218,7 +241,7 @@ def design_rows(c:Comparison)->list[dict]:
         "relative": _relative_words(way.relative, way.relative_interval),
         "p": p_cell(way.p), "": "judged" if way.judged else None} for way in ways(c)]
 
-# %% ../../nbs/report/03_evidence_tables.ipynb #cell-30
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-39
 def frontier_rows(c:Comparison)->list[dict]:
     "The budgets that make up the baseline's frontier."
     if not c.frontier: return []
@@ -228,6 +251,7 @@ def frontier_rows(c:Comparison)->list[dict]:
         time.axis: f"{b.time * time.scale:.{time.digits}f}",
         quality.axis: f"{b.quality * quality.scale:.{quality.digits}f}"} for b in c.frontier.budgets]
 
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-40
 _REACHED = {True: "yes", False: "no", None: "not shown"}
 
 def _reach_row(target:str, side:str, reach, metric:Metric)->dict:
@@ -237,7 +261,7 @@ def _reach_row(target:str, side:str, reach, metric:Metric)->dict:
         "mean reaches it (p < 0.01)": _REACHED[reach.reached], "one-sided p": p_cell(reach.p),
         "runs that reach it": None if reach.share is None else percent(reach.share)}
 
-# %% ../../nbs/report/03_evidence_tables.ipynb #cell-31
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-41
 def reach_rows(
     c:Comparison,
     metrics:Mapping[str, Metric],  # of the study
@@ -249,7 +273,7 @@ def reach_rows(
     sides = ((c.baseline.name, c.target.baseline), (c.variant.name, c.target.variant))
     return [_reach_row(heading, side, reach, metric) for side, reach in sides if reach.n]
 
-# %% ../../nbs/report/03_evidence_tables.ipynb #cell-33
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-43
 def _family_rows(c:Comparison)->list[dict]:
     "The correction for looking at several variants."
     family = c.family
@@ -257,6 +281,7 @@ def _family_rows(c:Comparison)->list[dict]:
     return [{"method": family.method, "variants": family.size,
              "p": p_cell(family.p), "corrected p": p_cell(family.p_adjusted)}]
 
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-44
 def evidence_rows(
     c:Comparison,
     metrics:Mapping[str, Metric],  # of the study
@@ -271,22 +296,30 @@ def evidence_rows(
         "correction for several variants": _family_rows(c)}
     return {title: rows for title, rows in parts.items() if rows}
 
-# %% ../../nbs/report/03_evidence_tables.ipynb #cell-36
-def _design_row(c:Comparison, way:Way, several:bool)->dict:
-    "One way of looking at one comparison; with `several` metrics, each row names its own."
-    change = signed_with_interval(way.absolute, way.interval, c.metric)
-    measured = {"metric": c.metric.axis, "change": change} if several else {f"change of {c.metric.axis}": change}
-    relative = signed_with_interval(way.relative, way.relative_interval, RELATIVE)
-    judged = {"change (%)": relative, "p": p_cell(way.p, NBSP), "judged": "yes" if way.judged else ""}
-    return {"variant": c.variant.name, "estimate": way.what, "runs": way.runs} | measured | judged
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-47
+def _design_row(
+    c:Comparison,
+    way:Way,
+    several:bool,  # do the comparisons differ in their metric? Then each row names its own
+)->dict:
+    "One way of looking at one comparison."
+    row = {"variant": c.variant.name, "estimate": way.what, "runs": way.runs}
+    if several: row["metric"] = c.metric.axis
+    heading = "change" if several else f"change of {c.metric.axis}"
+    row[heading] = signed_with_interval(way.absolute, way.interval, c.metric)
+    row["change (%)"] = signed_with_interval(way.relative, way.relative_interval, RELATIVE)
+    row["p"] = p_cell(way.p, NBSP)
+    row["judged"] = "yes" if way.judged else ""
+    return row
 
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-48
 def design_table(report:StudyReport)->str:
     "Every comparison's difference by every way of looking at it: variant minus baseline, with 95 % intervals."
     several = len({c.metric.axis for c in report.comparisons}) > 1
     rows = [_design_row(c, way, several) for c in report.comparisons for way in ways(c)]
     return markdown(rows, right=2)
 
-# %% ../../nbs/report/03_evidence_tables.ipynb #cell-38
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-50
 def _headed(report:StudyReport, rows_of:Callable)->list[dict]:
     "The rows of every comparison, each headed by its variant."
     return [{"variant": c.variant.name} | row for c in report.comparisons for row in rows_of(c)]
@@ -295,19 +328,23 @@ def tests_table(report:StudyReport)->str: return markdown(_headed(report, test_r
 
 def effects_table(report:StudyReport)->str: return markdown(_headed(report, effect_rows), right=2)
 
-# %% ../../nbs/report/03_evidence_tables.ipynb #cell-41
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-53
 def _target_row(report:StudyReport, row:Mapping)->dict:
     "How many runs of a group reach the target, and when."
-    target, time = report.study.target, report.study.metrics["time_seconds"]
-    metric, mean, seconds = report.study.metrics[target.metric], row["mean"], row["median_seconds"]
-    median = None if seconds is None else time.show(seconds).partition(" ")[0]
+    target, metrics = report.study.target, report.study.metrics
+    metric, time = metrics[target.metric], metrics["time_seconds"]
+    mean, seconds = row["mean"], row["median_seconds"]
+    reach = f"runs that reach {metric.show(target.value)}"
+    when = f"median {time.label} to get there ({time.unit})"
     return {
-        "variant": row["group"], "runs": row["n"],
+        "variant": row["group"],
+        "runs": row["n"],
         "mean": None if mean is None else metric.show(mean),
         "mean reaches it (p < 0.01)": _REACHED[row["reached"]],
-        f"runs that reach {metric.show(target.value)}": row["arrived"],
-        f"median {time.label} to get there ({time.unit})": median}
+        reach: row["arrived"],
+        when: None if seconds is None else time.show(seconds).partition(" ")[0]}
 
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-54
 def target_table(report:StudyReport)->str:
     "How many runs of each variant reach the target, and when; a sentence where the target does not apply."
     applies = report.study.target and not report.notice and not report.empty
@@ -315,33 +352,41 @@ def target_table(report:StudyReport)->str:
     rows = target_rows(report.groups, report.study.target, report.study.metrics)
     return markdown([_target_row(report, row) for row in rows])
 
-# %% ../../nbs/report/03_evidence_tables.ipynb #cell-44
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-57
 def _as_code(text:str)->str:
     "Options of commands as code, unless they are already, so that no renderer makes dashes of them."
     parts = text.split("`")
     return "`".join(part if number % 2 else re.sub(r"(--[a-z]+)", r"`\1`", part) for number, part in enumerate(parts))
 
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-58
+def _further(findings:list[Finding])->str:
+    "Findings that are only named."
+    groups = sorted({group for finding in findings for group in finding.groups})
+    named = ", ".join(f"`{group}`" for group in groups)
+    return f"The same holds for {count(len(findings), 'further case')} ({named})."
+
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-59
 def _threat(
     severity:str,
     name:str,              # of the check
     found:list[Finding],   # of this kind
-    most:int,
+    most:int,              # that are told in full
 )->str:
     "One kind of finding as an item of a list."
-    messages = " ".join(dict.fromkeys(f.message for f in found[:most]))
-    remedies = " ".join(dict.fromkeys(f.remedy for f in found[:most]))
-    groups = sorted({group for f in found[most:] for group in f.groups})
-    named = ", ".join(f"`{group}`" for group in groups)
-    more = f" The same holds for {count(len(found) - most, 'further case')} ({named})." if found[most:] else ""
+    told, rest = found[:most], found[most:]
+    messages = " ".join(dict.fromkeys(finding.message for finding in told))
+    remedies = " ".join(dict.fromkeys(finding.remedy for finding in told))
+    more = f" {_further(rest)}" if rest else ""
     return _as_code(f"- **{severity}**, `{name}`: {messages}{more} *{remedies}*")
 
-# %% ../../nbs/report/03_evidence_tables.ipynb #cell-46
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-61
 def _by_kind(findings:Iterable[Finding])->dict[tuple[str, str], list[Finding]]:
     "Findings by severity and check, in the order of the first of each."
     kinds = {}
     for finding in findings: kinds.setdefault((finding.severity, finding.id), []).append(finding)
     return kinds
 
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-62
 def threats(
     report:StudyReport,
     most:int=3,          # findings of one kind that are told in full

@@ -53,24 +53,37 @@ def _error(d:Description)->list|None:
     return [[d.mean - d.ci95[0]], [d.ci95[1] - d.mean]] if d.ci95 else None
 
 # %% ../../nbs/report/07_figures.ipynb #cell-10
-def _strip_row(axis, row:int, values:pd.Series, shade:str):
+def _strip_row(
+    axis,
+    row:int,
+    values:pd.Series,  # as shown
+    shade:str,
+):
     "One variant: its runs below the line, its mean above."
     spread = np.linspace(-0.16, 0.16, len(values)) if len(values) > 1 else np.zeros(len(values))
-    axis.plot(values, row + 0.12 + spread, "o", color=shade, alpha=0.55, markersize=4, markeredgewidth=0)
+    runs = dict(alpha=0.55, markersize=4, markeredgewidth=0)
+    axis.plot(values, row + 0.12 + spread, "o", color=shade, **runs)
     d = describe(values)
-    if d.ci95: axis.errorbar(d.mean, row - 0.25, xerr=_error(d), fmt="D", color=shade, markersize=4, capsize=3)
-    elif d.n: axis.plot(d.mean, row - 0.25, "D", color=shade, markersize=4)
+    mean = dict(color=shade, markersize=4)
+    if d.ci95: axis.errorbar(d.mean, row - 0.25, xerr=_error(d), fmt="D", capsize=3, **mean)
+    elif d.n: axis.plot(d.mean, row - 0.25, "D", **mean)
 
-def _strip(axis, report:StudyReport, metric:Metric):
+# %% ../../nbs/report/07_figures.ipynb #cell-11
+def _strip(
+    axis,
+    report:StudyReport,
+    metric:Metric,
+):
     "One metric: a row a variant."
     groups = report.groups
     for row, group in enumerate(groups):
         values = group.values(metric.name).dropna() * metric.scale
         _strip_row(axis, row, values, colour(report, group.variant))
     labels = [f"{group.variant} ({len(group.runs)})" for group in groups]
-    axis.set(yticks=range(len(groups)), yticklabels=labels, ylim=(len(groups) - 0.4, -0.6), xlabel=axis_label(metric))
+    axis.set_yticks(range(len(groups)), labels)
+    axis.set(ylim=(len(groups) - 0.4, -0.6), xlabel=axis_label(metric))
 
-# %% ../../nbs/report/07_figures.ipynb #cell-11
+# %% ../../nbs/report/07_figures.ipynb #cell-12
 def distributions(
     report:StudyReport,
     names:Sequence[str]=(),  # of metrics, a panel each; none: time and quality
@@ -84,19 +97,38 @@ def distributions(
         for axis, metric in zip(panels, metrics, strict=True): _strip(axis, report, metric)
     return figure
 
-# %% ../../nbs/report/07_figures.ipynb #cell-15
-def _forest_row(axis, report:StudyReport, row:int, c:Comparison):
-    "One comparison: its interval, its estimate, its claim and its verdict."
-    untrustworthy = c.verdict.outcome == "untrustworthy"
-    shade = "#bbbbbb" if untrustworthy else colour(report, c.variant.variant)
-    better, limits = -100 if c.metric.better == "lower" else 100, c.estimate.ci95_relative
-    if limits and None not in limits:
-        axis.plot(np.multiply(limits, better), [row, row], color=shade, linewidth=2, solid_capstyle="round")
-    if c.estimate.relative is not None: axis.plot(better * c.estimate.relative, row, "D", color=shade, markersize=5)
-    if c.claim: axis.plot([100 * c.claim.at_least] * 2, [row - 0.35, row + 0.35], color="black", linewidth=1)
-    axis.text(1.01, row, c.verdict.outcome, transform=axis.get_yaxis_transform(), va="center", fontsize=8)
-
 # %% ../../nbs/report/07_figures.ipynb #cell-16
+def _draw_estimate(
+    axis,
+    row:int,
+    c:Comparison,
+    shade:str,
+):
+    "The relative improvement of a comparison, with its interval."
+    better = -100 if c.metric.better == "lower" else 100
+    limits, change = c.estimate.ci95_relative, c.estimate.relative
+    if limits and None not in limits:
+        ends = np.multiply(limits, better)
+        axis.plot(ends, [row, row], color=shade, linewidth=2, solid_capstyle="round")
+    if change is not None: axis.plot(better * change, row, "D", color=shade, markersize=5)
+
+# %% ../../nbs/report/07_figures.ipynb #cell-17
+def _forest_row(
+    axis,
+    report:StudyReport,
+    row:int,
+    c:Comparison,
+):
+    "One comparison: its estimate, its claim and its verdict."
+    outcome = c.verdict.outcome
+    shade = "#bbbbbb" if outcome == "untrustworthy" else colour(report, c.variant.variant)
+    _draw_estimate(axis, row, c, shade)
+    if c.claim:
+        claimed = 100 * c.claim.at_least
+        axis.plot([claimed, claimed], [row - 0.35, row + 0.35], color="black", linewidth=1)
+    axis.text(1.01, row, outcome, transform=axis.get_yaxis_transform(), va="center", fontsize=8)
+
+# %% ../../nbs/report/07_figures.ipynb #cell-18
 def differences(
     report:StudyReport,
 ):                      # a matplotlib figure
@@ -108,41 +140,86 @@ def differences(
         for row, c in enumerate(report.comparisons): _forest_row(axis, report, row, c)
         axis.axvline(0, color="#888888", linewidth=0.8)
         labels = [f"{c.variant.name}: {c.metric.label}" for c in report.comparisons]
-        axis.set(yticks=range(n), yticklabels=labels, ylim=(n - 0.5, -0.5))
+        axis.set_yticks(range(n), labels)
+        axis.set_ylim(n - 0.5, -0.5)
         axis.set_xlabel("improvement on the baseline (%): right is better\nblack: what is claimed, grey: no change")
     return figure
 
-# %% ../../nbs/report/07_figures.ipynb #cell-19
-def _draw_frontier(axis, report:StudyReport, time:Metric, quality:Metric):
-    "What the baseline does with other budgets: the means, and the curve through them with its band."
-    frontiers = [c.frontier for c in report.comparisons if c.frontier and c.frontier.metric == quality.name]
-    if not frontiers: return
-    shade, label = COLOURS[0], "baseline, other budgets"
-    for curve in frontiers[0].curve:
-        x = np.multiply(curve.time, time.scale)
-        axis.plot(x, np.multiply(curve.quality, quality.scale), color=shade, linewidth=1, label=label)
-        label = None
-        if None in (*curve.low, *curve.high): continue
-        low, high = (np.multiply(edge, quality.scale) for edge in (curve.low, curve.high))
-        axis.fill_between(x, low, high, color=shade, alpha=0.15, linewidth=0)
-    points = [(b.time * time.scale, b.quality * quality.scale) for b in frontiers[0].budgets]
-    axis.plot(*zip(*points, strict=True), "s", color=shade, markersize=3)
-
-# %% ../../nbs/report/07_figures.ipynb #cell-20
-def _draw_tradeoff(axis, report:StudyReport, group:Group, time:Metric, quality:Metric):
-    "One variant: its runs, and its mean with intervals in both directions."
-    style = point_style(report, group.variant)
-    known = group.values(time.name).notna() & group.values(quality.name).notna()
-    x, y = (group.values(metric.name)[known].astype(float) * metric.scale for metric in (time, quality))
-    axis.plot(x, y, **style, linestyle="", alpha=0.4, markersize=4, markeredgewidth=0)
-    if not len(x): return
-    mean_x, mean_y = describe(x), describe(y)
-    errors = dict(xerr=_error(mean_x), yerr=_error(mean_y)) if mean_x.ci95 and mean_y.ci95 else {}
-    if not _times_used(report, group.variant): style = style | dict(marker="D")
-    look = style | dict(linestyle="", markersize=5, capsize=2)
-    axis.errorbar(mean_x.mean, mean_y.mean, **look, label=group.variant, **errors)
-
 # %% ../../nbs/report/07_figures.ipynb #cell-21
+def _draw_frontier_curve(
+    axis,
+    curve,          # of a frontier: time, quality, low and high, in stored units
+    time:Metric,
+    quality:Metric,
+    label:str|None,
+):
+    "A curve through the means of the baseline's budgets, with its band where that is known."
+    x = np.multiply(curve.time, time.scale)
+    y, low, high = curve.quality, curve.low, curve.high
+    axis.plot(x, np.multiply(y, quality.scale), color=COLOURS[0], linewidth=1, label=label)
+    if None in (*low, *high): return
+    low, high = np.multiply(low, quality.scale), np.multiply(high, quality.scale)
+    axis.fill_between(x, low, high, color=COLOURS[0], alpha=0.15, linewidth=0)
+
+# %% ../../nbs/report/07_figures.ipynb #cell-22
+def _draw_frontier(
+    axis,
+    report:StudyReport,
+    time:Metric,
+    quality:Metric,
+):
+    "What the baseline does with other budgets, where it was run with some."
+    frontiers = [c.frontier for c in report.comparisons if c.frontier]
+    frontier = next((each for each in frontiers if each.metric == quality.name), None)
+    if not frontier: return
+    label = "baseline, other budgets"
+    for curve in frontier.curve:
+        _draw_frontier_curve(axis, curve, time, quality, label)
+        label = None  # once in the legend
+    x = [budget.time * time.scale for budget in frontier.budgets]
+    y = [budget.quality * quality.scale for budget in frontier.budgets]
+    axis.plot(x, y, "s", color=COLOURS[0], markersize=3)
+
+# %% ../../nbs/report/07_figures.ipynb #cell-24
+def _both_known(
+    group:Group,
+    metrics:Sequence[Metric],
+)->list[pd.Series]:
+    "Metrics as shown, of the runs that have all of them."
+    values = [group.values(metric.name) for metric in metrics]
+    known = np.logical_and.reduce([each.notna() for each in values])
+    return [each[known].astype(float) * metric.scale for each, metric in zip(values, metrics, strict=True)]
+
+# %% ../../nbs/report/07_figures.ipynb #cell-25
+def _draw_mean(
+    axis,
+    x:pd.Series,
+    y:pd.Series,
+    **style,
+):
+    "The mean of some points, with 95 % intervals where both are known."
+    one, other = describe(x), describe(y)
+    errors = {}
+    if one.ci95 and other.ci95: errors = dict(xerr=_error(one), yerr=_error(other))
+    axis.errorbar(one.mean, other.mean, linestyle="", markersize=5, capsize=2, **style, **errors)
+
+# %% ../../nbs/report/07_figures.ipynb #cell-26
+def _draw_tradeoff(
+    axis,
+    report:StudyReport,
+    group:Group,
+    metrics:Sequence[Metric],  # time and quality
+):
+    "One variant: its runs, and its mean."
+    style = point_style(report, group.variant)
+    x, y = _both_known(group, metrics)
+    axis.plot(x, y, linestyle="", alpha=0.4, markersize=4, markeredgewidth=0, **style)
+    if not len(x): return
+    first_use = not _times_used(report, group.variant)
+    if first_use: style["marker"] = "D"
+    _draw_mean(axis, x, y, label=group.variant, **style)
+
+# %% ../../nbs/report/07_figures.ipynb #cell-27
 def quality_against_time(
     report:StudyReport,
 ):                      # a matplotlib figure
@@ -151,36 +228,45 @@ def quality_against_time(
     with styled_figure(report.notice, figsize=(6.6, max(3.6, 0.8 + 0.17 * len(report.groups)))) as figure:
         if report.empty: return figure
         axis = figure.subplots()
-        for group in report.groups: _draw_tradeoff(axis, report, group, time, quality)
+        for group in report.groups: _draw_tradeoff(axis, report, group, (time, quality))
         _draw_frontier(axis, report, time, quality)
         axis.set(xlabel=axis_label(time), ylabel=axis_label(quality))
         axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
-# %% ../../nbs/report/07_figures.ipynb #cell-26
+# %% ../../nbs/report/07_figures.ipynb #cell-32
 def _shown_runs(report:StudyReport)->pd.DataFrame:
     "The runs of all groups, with a host of each and the name of its group."
     if report.empty: return pd.DataFrame(columns=["host_id"])
     runs = pd.concat([group.runs.assign(shown=group.variant) for group in report.groups])
     return runs.assign(host_id=runs["host_id"].fillna(""))
 
-def _draw_order(axis, report:StudyReport, runs:pd.DataFrame, time:Metric):
+# %% ../../nbs/report/07_figures.ipynb #cell-33
+def _draw_order(
+    axis,
+    report:StudyReport,
+    runs:pd.DataFrame,   # of one host
+    time:Metric,
+):
     "The runs of one host, in the order of starting."
     order = [column for column in ("started_at", "order") if column in runs]
     runs = runs.sort_values(order, kind="stable").reset_index(drop=True)
-    look = dict(linestyle="", markersize=3 if len(runs) < 200 else 1.5, alpha=0.7, markeredgewidth=0)
-    for name in (group.variant for group in report.groups):
-        mine = runs[runs["shown"] == name]
+    size = 3 if len(runs) < 200 else 1.5
+    look = dict(linestyle="", markersize=size, alpha=0.7, markeredgewidth=0)
+    for group in report.groups:
+        mine = runs[runs["shown"] == group.variant]
         if mine.empty: continue
-        axis.plot(mine.index + 1, mine[time.name] * time.scale, **point_style(report, name), **look, label=name)
+        style = point_style(report, group.variant) | look
+        axis.plot(mine.index + 1, mine[time.name] * time.scale, label=group.variant, **style)
     axis.set(xlabel="order of running", ylabel=axis_label(time))
 
-# %% ../../nbs/report/07_figures.ipynb #cell-27
+# %% ../../nbs/report/07_figures.ipynb #cell-34
 def legend_handles(figure)->dict:
     "What a legend of all axes shows, by label."
     found = [axis.get_legend_handles_labels() for axis in figure.axes]
     return {label: handle for handles, labels in found for handle, label in zip(handles, labels, strict=True)}
 
+# %% ../../nbs/report/07_figures.ipynb #cell-35
 def run_order(
     report:StudyReport,
 ):                      # a matplotlib figure
@@ -197,15 +283,23 @@ def run_order(
         axis.legend(handles.values(), handles, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
-# %% ../../nbs/report/07_figures.ipynb #cell-30
-def _draw_power(axis, question:str, curves:pd.DataFrame, wanted:float):
+# %% ../../nbs/report/07_figures.ipynb #cell-38
+def _draw_power(
+    axis,
+    question:str,
+    curves:pd.DataFrame,  # for this question: spread, n, power
+    wanted:float,
+):
     "The power for one question, at both spreads."
-    for (spread, part), style in zip(curves.groupby("spread", sort=False), ("-", "--"), strict=True):
-        label = "spread as estimated" if spread == "estimated" else f"spread at its {spread}"
-        axis.plot(part["n"], part["power"], style, color=COLOURS[1], label=label)
+    styles = {"estimated": ("-", "spread as estimated"), "upper limit": ("--", "spread at its upper limit")}
+    for spread, part in curves.groupby("spread", sort=False):
+        line, label = styles[spread]
+        axis.plot(part["n"], part["power"], line, color=COLOURS[1], label=label)
     axis.axhline(wanted, color="#888888", linewidth=0.8)
-    axis.set(title=textwrap.fill(question, 42), xlabel="runs on each side", ylabel="power", ylim=(0, 1.02))
+    axis.set(title=textwrap.fill(question, 42), ylim=(0, 1.02))
+    axis.set(xlabel="runs on each side", ylabel="power")
 
+# %% ../../nbs/report/07_figures.ipynb #cell-39
 def power_curves(
     analysis,  # of power: `curves()` is a frame, `wanted` the power that is asked for
 ):             # a matplotlib figure

@@ -36,11 +36,13 @@ def _used_plans(report:StudyReport)->dict[str, SweepPlan]:
     used = set(_runs(report)["plan"])
     return {name: plan for name, plan in report.plans.items() if name in used}
 
+# %% ../../nbs/report/09_planned.ipynb #cell-06
 def _shown_plans(report:StudyReport)->dict[str, SweepPlan]:
     "Plans under which something was run; where nothing was, the last."
-    return _used_plans(report) or dict(list(report.plans.items())[-1:])
+    last = list(report.plans.items())[-1:]
+    return _used_plans(report) or dict(last)
 
-# %% ../../nbs/report/09_planned.ipynb #cell-06
+# %% ../../nbs/report/09_planned.ipynb #cell-07
 def _frozen_at(plan:SweepPlan)->str: return f"{pd.Timestamp(plan.circumstances['frozen_at']):%Y-%m-%d %H:%M}"
 
 def _commit(
@@ -51,35 +53,42 @@ def _commit(
     commit = str(plan.circumstances.get("commit") or "none")[:7]
     return commit + dirty if plan.circumstances.get("dirty") else commit
 
-# %% ../../nbs/report/09_planned.ipynb #cell-08
+# %% ../../nbs/report/09_planned.ipynb #cell-09
 _HEADINGS = {
     "done": "done", "shared": "done for another plan", EXPLORATORY: "done outside",
     "diverged": "diverged", "failed": "failed", "left": "not run"}
 
 def _plan_rows(plan:SweepPlan, runs:pd.DataFrame)->list[dict]:
     "A row for the plan, and below it one for each of its conditions."
-    done, planned = progress(plan, cell_states(plan, runs)), len(plan.cells())
-    head = {"plan": plan.name, "frozen (UTC)": _frozen_at(plan), "commit": _commit(plan, " (dirty)")}
-    whole = head | {"condition": f"all {len(done)}", "planned": planned} | dict(sum(done, Counter()))
-    blank, share = dict.fromkeys(head, ""), planned // len(done)
-    parts = [blank | {"condition": condition["name"], "planned": share} | dict(states)
-             for condition, states in zip(plan.conditions, done, strict=True)]
-    return [whole, *parts]
+    done = progress(plan, cell_states(plan, runs))
+    planned, share = len(plan.cells()), len(plan.cells()) // len(done)
+    head = {
+        "plan": plan.name,
+        "frozen (UTC)": _frozen_at(plan),
+        "commit": _commit(plan, " (dirty)")}
+    blank = dict.fromkeys(head, "")
+    rows = [head | {"condition": f"all {len(done)}", "planned": planned} | sum(done, Counter())]
+    for condition, states in zip(plan.conditions, done, strict=True):
+        rows.append(blank | {"condition": condition["name"], "planned": share} | states)
+    return rows
 
-# %% ../../nbs/report/09_planned.ipynb #cell-09
+# %% ../../nbs/report/09_planned.ipynb #cell-10
 def _with_headings(row:Mapping, states:list[str])->dict:
     "A row with the columns of these states, in words for readers."
     facts = {name: value for name, value in row.items() if name not in STATES}
     return facts | {_HEADINGS[state]: row.get(state, 0) for state in states}
 
+# %% ../../nbs/report/09_planned.ipynb #cell-11
 def planned_table(report:StudyReport)->str:
     "A row for each plan and each of its conditions; empty where there is no plan."
-    runs = _runs(report)
-    rows = [row for plan in _shown_plans(report).values() for row in _plan_rows(plan, runs)]
-    states = [state for state in STATES if state in ("done", "left") or any(row.get(state) for row in rows)]
-    return markdown([_with_headings(row, states) for row in rows], right=4) if rows else ""
+    rows, runs = [], _runs(report)
+    for plan in _shown_plans(report).values(): rows += _plan_rows(plan, runs)
+    if not rows: return ""
+    used = {"done", "left"} | {name for row in rows for name, value in row.items() if value}
+    states = [state for state in STATES if state in used]
+    return markdown([_with_headings(row, states) for row in rows], right=4)
 
-# %% ../../nbs/report/09_planned.ipynb #cell-15
+# %% ../../nbs/report/09_planned.ipynb #cell-17
 def _asked(plan:SweepPlan, runs:pd.DataFrame)->str:
     "What a plan asked for, and when."
     before, design = made_before(plan, runs), plan.design
@@ -94,25 +103,35 @@ def _asked(plan:SweepPlan, runs:pd.DataFrame)->str:
             f"It asked for {count(len(plan.cells()))} of {conditions} in {blocks}, "
             f"{fixed if design['stop'] == 'fixed' else until}.")
 
-# %% ../../nbs/report/09_planned.ipynb #cell-18
+# %% ../../nbs/report/09_planned.ipynb #cell-20
 _PLACES = {"done": "under the plan", "shared": "under another plan", EXPLORATORY: "outside of any plan"}
 
-def _ended(n:Mapping[str, int])->str: # runs in each of `STATES`
+def _ended(
+    n:Mapping[str, int],  # runs in each of `STATES`
+)->str:
     "What became of planned runs that did not all complete under their plan."
     completed = sum(n[state] for state in _PLACES)
-    places = listed([f"{n[state]} {where}" for state, where in _PLACES.items() if n[state]])
-    parts = [f"{completed} completed ({places})" if places else f"{completed} completed"]
-    parts += [f"{n[state]} {state}" for state in ("diverged", "failed") if n[state]]
-    if n["left"]: parts.append(f"{n['left']} {'was' if n['left'] == 1 else 'were'} not run")
+    places = [f"{n[state]} {where}" for state, where in _PLACES.items() if n[state]]
+    where = f" ({listed(places)})" if places else ""
+    parts = [f"{completed} completed{where}"]
+    for state in ("diverged", "failed"):
+        if n[state]: parts.append(f"{n[state]} {state}")
+    were = "was" if n["left"] == 1 else "were"
+    if n["left"]: parts.append(f"{n['left']} {were} not run")
     return f"Of these, {listed(parts)}."
 
-def _blocks_sentence(plan:SweepPlan, states:Mapping[str, str])->str:
+# %% ../../nbs/report/09_planned.ipynb #cell-21
+def _blocks_sentence(
+    plan:SweepPlan,
+    states:Mapping[str, str],  # of each planned run
+)->str:
     "How many blocks are complete; empty where all are."
     complete, blocks = complete_blocks(plan, states), len(plan.design["order"])
     if complete >= blocks: return ""
-    return f"{complete} of {count(blocks, 'block')} {'is' if complete == 1 else 'are'} complete."
+    are = "is" if complete == 1 else "are"
+    return f"{complete} of {count(blocks, 'block')} {are} complete."
 
-# %% ../../nbs/report/09_planned.ipynb #cell-20
+# %% ../../nbs/report/09_planned.ipynb #cell-23
 def _order_sentence(plan:SweepPlan, runs:pd.DataFrame)->str:
     "Did the conditions take turns as planned? Empty where no block says."
     kept, known = blocks_in_order(plan, runs)
@@ -120,6 +139,7 @@ def _order_sentence(plan:SweepPlan, runs:pd.DataFrame)->str:
     if kept == known: return "The conditions took turns in the planned order."
     return f"In {known - kept} of {count(known, 'block')} the conditions ran in another order than planned."
 
+# %% ../../nbs/report/09_planned.ipynb #cell-24
 def _code_sentence(plan:SweepPlan, runs:pd.DataFrame)->str:
     "Was other code run than was frozen? Empty where it was not."
     other = other_code(plan, runs)
@@ -127,17 +147,19 @@ def _code_sentence(plan:SweepPlan, runs:pd.DataFrame)->str:
     verb = "was" if other == 1 else "were"
     return f"{count(other)} under it {verb} made by other code than was there when it was frozen."
 
-# %% ../../nbs/report/09_planned.ipynb #cell-21
+# %% ../../nbs/report/09_planned.ipynb #cell-25
 def _became(plan:SweepPlan, runs:pd.DataFrame)->str:
     "What became of a plan."
     states = cell_states(plan, runs)
     n, total = Counter(states.values()), len(states)
     if n["left"] == total: return "Nothing of it was run yet."
-    if n["done"] == total: sentences = [f"All {total} were completed under the plan."]
-    else: sentences = [_ended(n), _blocks_sentence(plan, states)]
-    sentences += [_order_sentence(plan, runs), _code_sentence(plan, runs)]
-    return " ".join(sentence for sentence in sentences if sentence)
+    sentences = [f"All {total} were completed under the plan."]
+    if n["done"] < total: sentences = [_ended(n), _blocks_sentence(plan, states)]
+    sentences.append(_order_sentence(plan, runs))
+    sentences.append(_code_sentence(plan, runs))
+    return " ".join(filter(None, sentences))
 
+# %% ../../nbs/report/09_planned.ipynb #cell-26
 def _claims(plan:SweepPlan, report:StudyReport)->str:
     "Do the claims still stand as they were frozen? Empty where nothing was claimed."
     changes = claim_changes(plan, report.study)
@@ -147,7 +169,7 @@ def _claims(plan:SweepPlan, report:StudyReport)->str:
     claimed = any(condition.get("claim") for condition in plan.conditions)
     return "The claims are those that were frozen with it." if claimed else ""
 
-# %% ../../nbs/report/09_planned.ipynb #cell-24
+# %% ../../nbs/report/09_planned.ipynb #cell-29
 def _unplanned_words(report:StudyReport, n:int)->str:
     "Without any plan, all runs are exploratory."
     where = f" for the profile {report.profile}" if report.profile else ""
@@ -155,35 +177,45 @@ def _unplanned_words(report:StudyReport, n:int)->str:
     which = "the only run is" if n == 1 else f"all {count(n)} are"
     return f"No plan was frozen{where}: {which} exploratory."
 
+# %% ../../nbs/report/09_planned.ipynb #cell-30
 def exploratory_words(report:StudyReport)->str:
     "Which runs no plan asked for."
     runs = report.frame[_runs(report)["plan"] == EXPLORATORY]
     if not report.plans: return _unplanned_words(report, len(runs))
     if runs.empty: return "No run is exploratory." if len(report.frame) else ""
+    counts = runs["variant"].value_counts()
+    names = listed([f"{n} of `{variant}`" for variant, n in counts.items()], most=4)
+    are = "is" if len(runs) == 1 else "are"
+    text = f"{count(len(runs))} {are} exploratory, made outside of any plan: {names}."
     planned = {cell for plan in report.plans.values() for cell in plan.cells()}
     asked = runs["run_id"].isin(planned).sum()
-    names = listed((f"{n} of `{variant}`" for variant, n in runs["variant"].value_counts().items()), most=4)
-    text = f"{count(len(runs))} {'is' if len(runs) == 1 else 'are'} exploratory, made outside of any plan: {names}."
-    return f"{text} Of these, {asked} would have been asked for by a plan." if asked else text
+    if not asked: return text
+    return f"{text} Of these, {asked} would have been asked for by a plan."
 
-# %% ../../nbs/report/09_planned.ipynb #cell-27
+# %% ../../nbs/report/09_planned.ipynb #cell-33
 def _plan_words(plan:SweepPlan, report:StudyReport)->str:
     "One plan: what it asked for, what became of it, and its claims where something was run under it."
     runs = _runs(report)
     claims = _claims(plan, report) if plan.name in _used_plans(report) else ""
     return f"{_asked(plan, runs)} {_became(plan, runs)} {claims}".strip()
 
+# %% ../../nbs/report/09_planned.ipynb #cell-34
+_PUBLISHED = "These runs were published elsewhere; whether they were planned before they were made is not known."
+
 def planned_words(report:StudyReport)->str:
     "Paragraphs, as Markdown: each plan, whether its claims still stand, and which runs are exploratory."
-    if len(report.frame) and _runs(report)["plan"].isna().all():
-        return "These runs were published elsewhere; whether they were planned before they were made is not known."
+    published = len(report.frame) and _runs(report)["plan"].isna().all()
+    if published: return _PUBLISHED
     shown = _shown_plans(report)
     parts = [_plan_words(plan, report) for plan in shown.values()]
     rest = [f"`{name}`" for name in report.plans if name not in shown]
-    if rest: parts.append(f"Nothing was run under {count(len(rest), 'further plan')} ({listed(rest, most=4)}).")
-    return "\n\n".join(part for part in (*parts, exploratory_words(report)) if part)
+    if rest:
+        plans = count(len(rest), "further plan")
+        parts.append(f"Nothing was run under {plans} ({listed(rest, most=4)}).")
+    parts.append(exploratory_words(report))
+    return "\n\n".join(filter(None, parts))
 
-# %% ../../nbs/report/09_planned.ipynb #cell-28
+# %% ../../nbs/report/09_planned.ipynb #cell-35
 def planned_section(report:StudyReport)->str:
     "What a paper says of its plans: the paragraphs, and the table `tbl-planned` where there is a plan."
     words = planned_words(report)

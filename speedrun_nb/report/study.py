@@ -82,12 +82,13 @@ def _readable_variants(case:Case)->tuple[dict[str, Variant], list[str]]:
         except SpeedrunError as error: problems.append(str(error))
     return variants, problems
 
+# %% ../../nbs/report/01_study.ipynb #cell-09
 def _as_defined(group:Group, variants:dict[str, Variant])->bool:
     "Did a run complete with the settings that the variant has today?"
     variant = variants.get(group.variant)
     return variant is not None and group.config_hash == variant.config_hash and len(group.runs) > 0
 
-# %% ../../nbs/report/01_study.ipynb #cell-09
+# %% ../../nbs/report/01_study.ipynb #cell-10
 def _compared_here(case:Case)->Compared:
     "Runs of this project: every variant in params/ against the variant `baseline`."
     variants, problems = _readable_variants(case)
@@ -97,7 +98,7 @@ def _compared_here(case:Case)->Compared:
     pairs = [(groups[0], group) for group in groups[1:]] if has_baseline else []
     return Compared(variants, groups, pairs, problems)
 
-# %% ../../nbs/report/01_study.ipynb #cell-11
+# %% ../../nbs/report/01_study.ipynb #cell-12
 def _published_variant(case:Case, baseline:Group, group:Group)->Variant:
     "A variant by what its logs show, with the title of ours that it is named after."
     name = without_stage(group.variant)
@@ -107,20 +108,25 @@ def _published_variant(case:Case, baseline:Group, group:Group)->Variant:
         settings=None, flat=group.config or {}, baseline=baseline.config or {},
         claim=claim_of(case.study, group.variant), source="Published runs.")
 
-# %% ../../nbs/report/01_study.ipynb #cell-12
+# %% ../../nbs/report/01_study.ipynb #cell-13
 def _families(case:Case)->list[tuple[Group|None, list[Group]]]:
     "Each baseline with itself and what is compared with it; None for what is like no baseline."
-    if not case.baseline: return [(part.baseline, part.groups) for part in by_baseline(case)]
-    return [(case.baseline, [case.baseline, *rivals(case, case.baseline)])]
+    if case.baseline:
+        family = [case.baseline, *rivals(case, case.baseline)]
+        return [(case.baseline, family)]
+    parts = by_baseline(case)
+    return [(part.baseline, part.groups) for part in parts]
 
+# %% ../../nbs/report/01_study.ipynb #cell-14
 def _published_pairs(case:Case, groups:list[Group])->list[tuple[Group, Group]]:
     "Each published variant with its baseline."
     if case.baseline: return [(groups[0], group) for group in groups[1:]]
     nearest = {group.name: nearest_baseline(case, group) for group in case.groups}
     named = {group.name: group for group in groups}
-    return [(named[nearest[group.name].name], group) for group in groups if nearest[group.name]]
+    compared = [group for group in groups if nearest[group.name]]
+    return [(named[nearest[group.name].name], group) for group in compared]
 
-# %% ../../nbs/report/01_study.ipynb #cell-13
+# %% ../../nbs/report/01_study.ipynb #cell-15
 def _compared_elsewhere(case:Case)->Compared:
     "Runs that were made elsewhere: each group against the baseline that it is most like."
     variants, groups = {}, []
@@ -131,11 +137,12 @@ def _compared_elsewhere(case:Case)->Compared:
             groups.append(replace(group, variant=group.name))
     return Compared(variants, groups, _published_pairs(case, groups), [])
 
+# %% ../../nbs/report/01_study.ipynb #cell-16
 def compared(case:Case)->Compared:
     "What a case compares, whether its runs were made here or elsewhere."
     return _compared_here(case) if case.own else _compared_elsewhere(case)
 
-# %% ../../nbs/report/01_study.ipynb #cell-15
+# %% ../../nbs/report/01_study.ipynb #cell-18
 _FATES = {"running": "is still running", "interrupted": "was interrupted"}
 
 def _unfinished(
@@ -147,7 +154,7 @@ def _unfinished(
     return [f"batch {folder} {_FATES.get(state, state)}" for folder, state in states.items()
             if state not in ("completed", "imported")]
 
-# %% ../../nbs/report/01_study.ipynb #cell-17
+# %% ../../nbs/report/01_study.ipynb #cell-20
 def _known_profiles(outputs:Path)->list[str]:
     "Every profile of any study, and every one that has runs."
     known = set()
@@ -156,27 +163,32 @@ def _known_profiles(outputs:Path)->list[str]:
         known |= {path.name for path in outputs.glob(f"{study}/*") if path.is_dir()}
     return sorted(known)
 
-# %% ../../nbs/report/01_study.ipynb #cell-19
+# %% ../../nbs/report/01_study.ipynb #cell-22
 def _other_budgets(case:Case, found:Compared)->list[Group]:
     "The baseline trained for longer or shorter; none where there is not one baseline."
-    first = next(iter(found.groups), None)
-    if not case.baseline or not first or not (found.pairs or first.variant == "baseline"): return []
+    if not case.baseline or not found.groups: return []
+    first = found.groups[0]
+    if not found.pairs and first.variant != "baseline": return []
     budgets = budget_groups(list(case.groups), first, case.study.budget)
     return [group for group in budgets if group.config_hash != first.config_hash]
 
+# %% ../../nbs/report/01_study.ipynb #cell-23
 def _not_shown(case:Case, shown:list[Group])->list[Group]:
     "The groups of a case that no table shows."
     known = {(group.variant, group.config_hash) for group in shown}
-    names = {group.name: group.variant if case.own else group.name for group in case.groups}
-    return [group for group in case.groups if (names[group.name], group.config_hash) not in known]
+    rest = []
+    for group in case.groups:
+        name = group.variant if case.own else group.name
+        if (name, group.config_hash) not in known: rest.append(group)
+    return rest
 
-# %% ../../nbs/report/01_study.ipynb #cell-21
+# %% ../../nbs/report/01_study.ipynb #cell-25
 def _relevant(findings:list[Finding], groups:list[Group])->list[Finding]:
     "Findings about these groups, or about all runs."
     names = {group.variant for group in groups}
     return [finding for finding in findings if not finding.groups or names & set(finding.groups)]
 
-# %% ../../nbs/report/01_study.ipynb #cell-22
+# %% ../../nbs/report/01_study.ipynb #cell-26
 def _report_on(
     case:Case,
     outputs:Path,
@@ -197,7 +209,7 @@ def _report_on(
         problems=problems + found.problems + _unfinished(outputs, batches),
         plans=case.plans)
 
-# %% ../../nbs/report/01_study.ipynb #cell-23
+# %% ../../nbs/report/01_study.ipynb #cell-27
 def _empty_report(
     study:Study,
     profile:str|None,
@@ -210,7 +222,7 @@ def _empty_report(
     nothing = dict(variants={}, groups=[], budgets=[], others=[], comparisons=[], findings=[], provenances={})
     return StudyReport(study, profile, frame.iloc[:0], **nothing, problems=problems, elsewhere=elsewhere, plans=plans)
 
-# %% ../../nbs/report/01_study.ipynb #cell-24
+# %% ../../nbs/report/01_study.ipynb #cell-28
 def load_report(
     study:str,                      # name of a study
     outputs:str|Path="outputs",     # relative to the project

@@ -53,6 +53,7 @@ def _without_unit(
     if value is None or not math.isfinite(value): return None
     return metric.show(value).rpartition(" ")[0]
 
+# %% ../../nbs/report/00_style.ipynb #cell-12
 def cells(
     run:Mapping,               # a record, or a row of a frame of runs
     metrics:Iterable[Metric],
@@ -61,7 +62,7 @@ def cells(
     values = {**run, **(run.get("metrics") or {})}
     return {metric.axis: _without_unit(metric, values.get(metric.name)) for metric in metrics}
 
-# %% ../../nbs/report/00_style.ipynb #cell-12
+# %% ../../nbs/report/00_style.ipynb #cell-13
 def batch_table(
     records:list[dict],  # of a batch
     study:Study,
@@ -71,7 +72,7 @@ def batch_table(
     rows = [{"seed": r["seed"], "status": r["status"], **cells(r, metrics)} for r in records]
     return markdown(rows, right=2)
 
-# %% ../../nbs/report/00_style.ipynb #cell-15
+# %% ../../nbs/report/00_style.ipynb #cell-16
 STYLE = {
     "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "grid.alpha": 0.25, "axes.axisbelow": True,
@@ -85,7 +86,7 @@ def _say_nothing(figure):
     axis.axis("off")
     axis.text(0.5, 0.5, "nothing to show", ha="center", va="center", color="#888888")
 
-# %% ../../nbs/report/00_style.ipynb #cell-16
+# %% ../../nbs/report/00_style.ipynb #cell-17
 @contextmanager
 def styled_figure(
     notice:str,  # what must stand with every result; empty for real data
@@ -99,14 +100,14 @@ def styled_figure(
         if not figure.axes: _say_nothing(figure)
         if notice: figure.supxlabel(notice, fontsize=6.5, color="#a04000")
 
-# %% ../../nbs/report/00_style.ipynb #cell-18
+# %% ../../nbs/report/00_style.ipynb #cell-19
 def axis_label(metric:Metric)->str:
     "The metric's label with its unit, in two lines where it is long."
     if len(metric.axis) < 32: return metric.axis
     middle = metric.axis.find(" ", 12)
     return f"{metric.axis[:middle]}\n{metric.axis[middle + 1:]}"
 
-# %% ../../nbs/report/00_style.ipynb #cell-21
+# %% ../../nbs/report/00_style.ipynb #cell-22
 def curve_axis(
     curve:Mapping,    # of a run's record
 )->tuple[str, list]:  # "step" or "epoch", and where each entry is drawn
@@ -114,7 +115,7 @@ def curve_axis(
     if curve.get("step"): return "step", list(curve["step"])
     return "epoch", [epoch + 1 for epoch in curve.get("epoch") or []]
 
-# %% ../../nbs/report/00_style.ipynb #cell-23
+# %% ../../nbs/report/00_style.ipynb #cell-24
 def curve_metrics(
     curves:Iterable[Mapping],  # of runs' records
     study:Study,
@@ -123,6 +124,7 @@ def curve_metrics(
     recorded = {name for curve in curves for name in curve}
     return [metric for metric in study.metrics.values() if metric.quality and metric.name in recorded]
 
+# %% ../../nbs/report/00_style.ipynb #cell-25
 def _known_points(
     curve:Mapping,
     metric:Metric,
@@ -133,11 +135,12 @@ def _known_points(
     known = [(place, value * metric.scale) for place, value in zip(places, values, strict=True) if value is not None]
     return np.reshape(known, (-1, 2))
 
-# %% ../../nbs/report/00_style.ipynb #cell-24
+# %% ../../nbs/report/00_style.ipynb #cell-26
 def _panels(figure, n:int)->Iterator:
     "n axes beside one another; none for 0."
     return iter(figure.subplots(1, n, squeeze=False)[0] if n else ())
 
+# %% ../../nbs/report/00_style.ipynb #cell-27
 def batch_curves(
     records:list[dict],  # of a batch
     study:Study,

@@ -32,6 +32,7 @@ def _number(metric:Metric, value:float)->str:
     "A value without its unit."
     return metric.show(value).partition(" ")[0]
 
+# %% ../../nbs/report/02_tables.ipynb #cell-06
 def mean_and_spread(
     values:Iterable,
     metric:Metric,
@@ -43,7 +44,7 @@ def mean_and_spread(
     if d.sd is None: return _number(shown, d.mean)
     return f"{_number(shown, d.mean)}{NBSP}±{NBSP}{_number(shown, d.sd)}"
 
-# %% ../../nbs/report/02_tables.ipynb #cell-06
+# %% ../../nbs/report/02_tables.ipynb #cell-07
 def interval(
     values:Iterable,
     metric:Metric,
@@ -54,7 +55,7 @@ def interval(
     shown = finer(metric, half(d.ci95))
     return " to ".join(_number(shown, edge) for edge in d.ci95)
 
-# %% ../../nbs/report/02_tables.ipynb #cell-09
+# %% ../../nbs/report/02_tables.ipynb #cell-10
 RELATIVE = Metric("relative", "relative change", "%", "lower", scale=100, digits=1)
 
 def signed(
@@ -66,6 +67,7 @@ def signed(
     if value is None: return None
     return f"{value * metric.scale:+.{finer(metric, half(limits)).digits}f}"
 
+# %% ../../nbs/report/02_tables.ipynb #cell-11
 def signed_interval(
     limits:tuple|None,
     metric:Metric,
@@ -74,7 +76,7 @@ def signed_interval(
     if not limits or None in limits: return None
     return " to ".join(signed(edge, limits, metric) for edge in limits)
 
-# %% ../../nbs/report/02_tables.ipynb #cell-10
+# %% ../../nbs/report/02_tables.ipynb #cell-12
 def signed_with_interval(
     value:float|None,
     limits:tuple|None,
@@ -85,7 +87,7 @@ def signed_with_interval(
     shown = signed(value, limits, metric)
     return f"{shown} ({within})" if shown and within else shown
 
-# %% ../../nbs/report/02_tables.ipynb #cell-12
+# %% ../../nbs/report/02_tables.ipynb #cell-14
 def p_cell(
     p:float|None,
     space:str=" ",  # what stands between < and a number
@@ -94,11 +96,12 @@ def p_cell(
     if p is None: return None
     return p_value(p).removeprefix("p ").removeprefix("= ").replace(" ", space)
 
-# %% ../../nbs/report/02_tables.ipynb #cell-15
+# %% ../../nbs/report/02_tables.ipynb #cell-17
 def _marks_exploratory(report:StudyReport)->bool:
     "Are some runs exploratory while others were planned?"
     return bool(report.plans) and len(report.frame) > 0 and bool((report.frame["plan"] == EXPLORATORY).any())
 
+# %% ../../nbs/report/02_tables.ipynb #cell-18
 def _exploratory_cell(
     report:StudyReport,
     plans:Iterable[str],  # of the runs in a row
@@ -110,23 +113,34 @@ def _exploratory_cell(
     if n in (0, len(names)): return {"exploratory": "yes" if n else ""}
     return {"exploratory": f"{n} of {len(names)}"}
 
-# %% ../../nbs/report/02_tables.ipynb #cell-16
+# %% ../../nbs/report/02_tables.ipynb #cell-19
 def _run_row(report:StudyReport, run:Mapping)->dict:
     "One run as it was recorded."
-    seed = "–" if pd.isna(run["seed"]) else int(run["seed"])
-    settings = str(run["config_hash"])[:6]
-    row = {"variant": run["variant"], "settings": settings, "seed": seed, "status": run["status"]}
-    return row | _exploratory_cell(report, [run.get("plan")]) | cells(run, main_metrics(report.study))
+    row = {"variant": run["variant"]}
+    row["settings"] = str(run["config_hash"])[:6]
+    row["seed"] = "–" if pd.isna(run["seed"]) else int(run["seed"])
+    row["status"] = run["status"]
+    row |= _exploratory_cell(report, [run.get("plan")])
+    return row | cells(run, main_metrics(report.study))
 
-def _batch_row(report:StudyReport, variant:str, batch:str, runs:pd.DataFrame)->dict:
+# %% ../../nbs/report/02_tables.ipynb #cell-20
+def _batch_row(
+    report:StudyReport,
+    variant:str,
+    batch:str,
+    runs:pd.DataFrame,  # of the batch
+)->dict:
     "One batch: how its runs ended, and what they measured on average."
-    counts = ", ".join(f"{n} {status}" for status, n in runs["status"].value_counts().items())
-    row = {"variant": variant, "batch": batch, "host": runs["host_id"].iloc[0], "runs": counts}
-    measured = [metric for metric in main_metrics(report.study) if metric.name in runs]
-    means = {metric.axis: mean_and_spread(runs[metric.name], metric) for metric in measured}
-    return row | _exploratory_cell(report, runs["plan"]) | means
+    counts = [f"{n} {status}" for status, n in runs["status"].value_counts().items()]
+    row = {"variant": variant, "batch": batch}
+    row["host"] = runs["host_id"].iloc[0]
+    row["runs"] = ", ".join(counts)
+    row |= _exploratory_cell(report, runs["plan"])
+    for metric in main_metrics(report.study):
+        if metric.name in runs: row[metric.axis] = mean_and_spread(runs[metric.name], metric)
+    return row
 
-# %% ../../nbs/report/02_tables.ipynb #cell-18
+# %% ../../nbs/report/02_tables.ipynb #cell-22
 def runs_table(
     report:StudyReport,
     most:int=200,        # rows; with more runs, a row is a batch
@@ -139,22 +153,25 @@ def runs_table(
     else: rows = [_run_row(report, run) for run in frame.to_dict("records")]
     return markdown(rows, right=4 + _marks_exploratory(report))
 
-# %% ../../nbs/report/02_tables.ipynb #cell-21
+# %% ../../nbs/report/02_tables.ipynb #cell-25
 def _summary_row(report:StudyReport, group:Group)->dict:
     "One variant: its runs, and the means of time and quality."
-    row = {"variant": group.variant, "runs": len(group.runs)} | _exploratory_cell(report, group.runs["plan"])
-    if any(g.failed or g.diverged for g in report.groups): row |= {"failed": group.failed, "diverged": group.diverged}
+    row = {"variant": group.variant, "runs": len(group.runs)}
+    row |= _exploratory_cell(report, group.runs["plan"])
+    anything_lost = any(each.failed or each.diverged for each in report.groups)
+    if anything_lost: row |= {"failed": group.failed, "diverged": group.diverged}
     for metric in main_metrics(report.study)[:2]:
         values = group.values(metric.name)
         row[metric.axis] = mean_and_spread(values, metric)
         row[f"95 % interval ({metric.unit})"] = interval(values, metric)
     return row
 
+# %% ../../nbs/report/02_tables.ipynb #cell-26
 def summary_table(report:StudyReport)->str:
     "A row a variant: runs, then mean ± standard deviation and the 95 % interval of the mean."
     return markdown([_summary_row(report, group) for group in report.groups])
 
-# %% ../../nbs/report/02_tables.ipynb #cell-24
+# %% ../../nbs/report/02_tables.ipynb #cell-29
 def _metric_cell(metric:Metric)->str:
     "A metric with the direction that is better; long names may break."
     arrow = "↓" if metric.better == "lower" else "↑"
@@ -166,13 +183,13 @@ def _method_cell(c:Comparison)->str:
     if c.estimate.method == "stratified": return f"within {c.strata[0].kind}s"
     return {"frontier": "at equal quality", "welch": "Welch"}.get(c.estimate.method, "pairs")
 
-# %% ../../nbs/report/02_tables.ipynb #cell-25
+# %% ../../nbs/report/02_tables.ipynb #cell-30
 def _effect_cell(c:Comparison)->str|None:
     "Hedges' g; None within blocks, where pooled runs have no common spread."
     g = c.effect.hedges_g
     return None if g is None or c.stratified else f"{g:+.2f}"
 
-# %% ../../nbs/report/02_tables.ipynb #cell-26
+# %% ../../nbs/report/02_tables.ipynb #cell-31
 def _comparison_row(report:StudyReport, c:Comparison)->dict:
     "One variant against its baseline."
     e = c.estimate
@@ -190,16 +207,18 @@ def _comparison_row(report:StudyReport, c:Comparison)->dict:
     if corrected: row["p (Holm)"] = c.family and p_cell(c.family.p_adjusted, NBSP)
     return row | {"Hedges' g": _effect_cell(c), "guard": c.guard and c.guard.outcome}
 
+# %% ../../nbs/report/02_tables.ipynb #cell-32
 def comparison_table(report:StudyReport)->str:
     "A row a variant: its change from the baseline on the claim's metric, the test, the guard and the verdict."
     return markdown([_comparison_row(report, c) for c in report.comparisons])
 
-# %% ../../nbs/report/02_tables.ipynb #cell-29
+# %% ../../nbs/report/02_tables.ipynb #cell-35
 def baseline_of(report:StudyReport, group:Group)->Group|None:
     "The group that a group is compared with."
     name = next((c.baseline.name for c in report.comparisons if c.variant.name == group.name), None)
     return next((g for g in report.groups if g.name == name), None)
 
+# %% ../../nbs/report/02_tables.ipynb #cell-36
 def relative_change(
     baseline:Group|None,
     group:Group,
@@ -212,14 +231,24 @@ def relative_change(
     text = signed_with_interval(answer.relative, answer.ci95_relative, replace(RELATIVE, digits=2))
     return text and text.replace(" to ", f"{NBSP}to{NBSP}")
 
-# %% ../../nbs/report/02_tables.ipynb #cell-30
-def _cost_metrics(report:StudyReport, names:Sequence[str])->list[Metric]:
-    "The metrics that are asked for, or all costs but time; without those that no run has."
-    known = report.study.metrics
-    asked = [known[one_of(name, known, "metric")] for name in names]
-    costs = [metric for metric in known.values() if not metric.quality and metric.name != "time_seconds"]
-    return [metric for metric in asked or costs if any(g.values(metric.name).notna().any() for g in report.groups)]
+# %% ../../nbs/report/02_tables.ipynb #cell-37
+def _has_values(report:StudyReport, metric:Metric)->bool:
+    "Did any run measure it?"
+    return any(group.values(metric.name).notna().any() for group in report.groups)
 
+# %% ../../nbs/report/02_tables.ipynb #cell-38
+def _cost_metrics(
+    report:StudyReport,
+    names:Sequence[str],  # none: all costs but time
+)->list[Metric]:
+    "The metrics that are asked for, without those that no run has. Raises `SpeedrunError` for an unknown name."
+    known = report.study.metrics
+    for name in names: one_of(name, known, "metric")
+    costs = [name for name, metric in known.items() if not metric.quality and name != "time_seconds"]
+    asked = [known[name] for name in names or costs]
+    return [metric for metric in asked if _has_values(report, metric)]
+
+# %% ../../nbs/report/02_tables.ipynb #cell-39
 def _cost_row(report:StudyReport, group:Group, metrics:Iterable[Metric])->dict:
     "One variant: what it cost, and how that differs from its baseline."
     row, baseline = {"variant": group.variant}, baseline_of(report, group)
@@ -228,11 +257,12 @@ def _cost_row(report:StudyReport, group:Group, metrics:Iterable[Metric])->dict:
         row[f"Δ {metric.label} (%)"] = relative_change(baseline, group, metric)
     return row
 
-# %% ../../nbs/report/02_tables.ipynb #cell-31
+# %% ../../nbs/report/02_tables.ipynb #cell-40
 def _without_changes(rows:list[dict])->list[dict]:
     "The rows without the columns of changes."
     return [{name: value for name, value in row.items() if not name.startswith("Δ")} for row in rows]
 
+# %% ../../nbs/report/02_tables.ipynb #cell-41
 def costs_table(
     report:StudyReport,
     names:Sequence[str]=(),  # of metrics; none: all costs but the time that the summary shows
@@ -244,15 +274,16 @@ def costs_table(
     changed = any(value is not None for value in changes)
     return markdown(rows if changed else _without_changes(rows))
 
-# %% ../../nbs/report/02_tables.ipynb #cell-35
+# %% ../../nbs/report/02_tables.ipynb #cell-45
 def _baseline_settings(report:StudyReport)->dict[str, dict]:
     "The settings of every baseline, by the heading of its column."
-    found = {name: report.variants[name].flat for name in report.baselines if name in report.variants}
-    if len(found) > 1: return found
-    flat = next(iter(found.values())) if found else next(iter(report.variants.values())).baseline
-    return {"baseline": flat}
+    named = [name for name in report.baselines if name in report.variants]
+    if len(named) > 1: return {name: report.variants[name].flat for name in named}
+    if named: return {"baseline": report.variants[named[0]].flat}
+    any_variant = next(iter(report.variants.values()))
+    return {"baseline": any_variant.baseline}
 
-# %% ../../nbs/report/02_tables.ipynb #cell-36
+# %% ../../nbs/report/02_tables.ipynb #cell-46
 def _all_settings(baselines:Mapping[str, Mapping])->list[str]:
     "The names of all settings that any baseline has."
     return list(dict.fromkeys(name for flat in baselines.values() for name in flat))
@@ -262,7 +293,7 @@ def _setting_row(baselines:Mapping[str, Mapping], name:str)->dict:
     values = {heading: show_setting(flat[name]) if name in flat else None for heading, flat in baselines.items()}
     return {"setting": name} | values
 
-# %% ../../nbs/report/02_tables.ipynb #cell-37
+# %% ../../nbs/report/02_tables.ipynb #cell-47
 def _changes_of(report:StudyReport, name:str)->dict[str, list[str]]:
     "The values that variants give a setting, each with the variants that do."
     changes = {}
@@ -273,22 +304,30 @@ def _changes_of(report:StudyReport, name:str)->dict[str, list[str]]:
 
 def _section_of(name:str)->str: return name.partition(".")[0]
 
-# %% ../../nbs/report/02_tables.ipynb #cell-39
+# %% ../../nbs/report/02_tables.ipynb #cell-48
+def _changed_sections(report:StudyReport)->set[str]:
+    "The sections in which any variant changes a setting."
+    changed = [report.variants[group.variant].changed for group in report.groups]
+    return {_section_of(name) for names in changed for name in names}
+
+# %% ../../nbs/report/02_tables.ipynb #cell-50
 def settings_table(report:StudyReport)->str:
     "What the variants change: a row for each new value, among settings of the same section that nobody changes."
     if report.empty: return markdown([])
     baselines, rows = _baseline_settings(report), []
-    names = _all_settings(baselines)
-    sections = {_section_of(name) for group in report.groups for name in report.variants[group.variant].changed}
+    names, sections = _all_settings(baselines), _changed_sections(report)
     shown = [name for name in names if _section_of(name) in sections]
     for name in shown:
-        start, changes = _setting_row(baselines, name), _changes_of(report, name)
-        for value, by in changes.items(): rows.append(start | {"changed?": "yes", "to": value, "by": ", ".join(by)})
+        start = _setting_row(baselines, name)
+        changes = _changes_of(report, name)
         if not changes: rows.append(start | {"changed?": "no"})
-    rows.append({"setting": f"{len(names) - len(shown)} others", "changed?": "no"})
+        for value, by in changes.items():
+            rows.append(start | {"changed?": "yes", "to": value, "by": ", ".join(by)})
+    rest = len(names) - len(shown)
+    rows.append({"setting": f"{rest} others", "changed?": "no"})
     return markdown(rows, right=4 + len(baselines))
 
-# %% ../../nbs/report/02_tables.ipynb #cell-40
+# %% ../../nbs/report/02_tables.ipynb #cell-51
 def hyperparameter_table(report:StudyReport)->str:
     "Every setting of the baseline in this profile, and which variants change it."
     if report.empty: return markdown([])
@@ -298,7 +337,7 @@ def hyperparameter_table(report:StudyReport)->str:
         rows.append(_setting_row(baselines, name) | {"changed?": ", ".join(by) or "no"})
     return markdown(rows, right=2 + len(baselines))
 
-# %% ../../nbs/report/02_tables.ipynb #cell-43
+# %% ../../nbs/report/02_tables.ipynb #cell-54
 def _gpus(provenance:Mapping)->str:
     "The GPUs of a batch: `8 × NVIDIA H100`."
     counts = Counter(gpu.get("name", "") for gpu in provenance.get("gpus") or [])
@@ -307,19 +346,19 @@ def _gpus(provenance:Mapping)->str:
 def _drivers(provenance:Mapping)->str:
     return ", ".join({gpu.get("driver_version", "") for gpu in provenance.get("gpus") or []})
 
-# %% ../../nbs/report/02_tables.ipynb #cell-44
+# %% ../../nbs/report/02_tables.ipynb #cell-55
 def _commit(provenance:Mapping)->str:
     git = provenance.get("git") or {}
     dirty = " with uncommitted changes" if git.get("dirty") else ""
     return (git.get("commit") or "")[:10] + dirty
 
-# %% ../../nbs/report/02_tables.ipynb #cell-46
+# %% ../../nbs/report/02_tables.ipynb #cell-57
 def _torch(provenance:Mapping)->str|None: return (provenance.get("packages") or {}).get("torch")
 
 def _data_hashes(provenance:Mapping)->str:
     return ", ".join(f"{name} {digest[:10]}" for name, digest in (provenance.get("data") or {}).items())
 
-# %% ../../nbs/report/02_tables.ipynb #cell-47
+# %% ../../nbs/report/02_tables.ipynb #cell-58
 _FACTS = {  # heading -> key of a provenance, or what reads it
     "processor": "cpu", "GPU": _gpus, "GPU driver": _drivers, "CUDA": "cuda",
     "operating system": "os", "Python": "python", "PyTorch": _torch,
@@ -334,7 +373,7 @@ def _fact(
     answers = [p.get(read) if isinstance(read, str) else read(p) for p in provenances]
     return ", ".join(sorted({str(answer) for answer in answers if answer}))
 
-# %% ../../nbs/report/02_tables.ipynb #cell-48
+# %% ../../nbs/report/02_tables.ipynb #cell-59
 def machine_table(report:StudyReport)->str:
     "What the runs were made on and with; a row for each known fact."
     facts = {heading: _fact(report.provenances.values(), read) for heading, read in _FACTS.items()}

@@ -10,6 +10,7 @@ __all__ = ['NOTHING_TO_COMPARE', 'not_counted', 'how_to_run', 'scope', 'protocol
 from collections.abc import Iterable
 
 from ..core.study import Claim, Metric
+from ..core.variants import Variant
 from ..core.words import count, exact_amount, listed, p_value
 from ..evidence.comparison import Comparison
 from ..evidence.groups import Group
@@ -27,15 +28,25 @@ def _why_not(report:StudyReport, group:Group)->str:
     if group.variant in report.variants: return f"under other settings ({group.config_hash[:6]})"
     return f"which params/{report.study.name}/ no longer has"
 
+# %% ../../nbs/report/04_words.ipynb #cell-08
 def _others(report:StudyReport)->list[str]:
     "Groups that are not compared, each with the reason."
-    if report.profile == "published" and report.others:
-        baselines = "this baseline" if len(report.baselines) < 2 else "these baselines"
-        return [f"runs of {listed([g.name for g in report.others])}, which are not compared with {baselines}"]
-    sizes = [len(group.runs) + group.failed + group.diverged for group in report.others]
-    return [f"{count(n)} of {g.variant} {_why_not(report, g)}" for n, g in zip(sizes, report.others, strict=True)]
+    if report.profile == "published": return _others_published(report)
+    parts = []
+    for group in report.others:
+        runs = len(group.runs) + group.failed + group.diverged
+        parts.append(f"{count(runs)} of {group.variant} {_why_not(report, group)}")
+    return parts
 
-# %% ../../nbs/report/04_words.ipynb #cell-08
+# %% ../../nbs/report/04_words.ipynb #cell-09
+def _others_published(report:StudyReport)->list[str]:
+    "Published groups that are like no baseline, in one part."
+    if not report.others: return []
+    names = listed([group.name for group in report.others])
+    baselines = "this baseline" if len(report.baselines) < 2 else "these baselines"
+    return [f"runs of {names}, which are not compared with {baselines}"]
+
+# %% ../../nbs/report/04_words.ipynb #cell-10
 def not_counted(report:StudyReport)->str:
     "Runs that are not in the tables, and batches that did not end; empty where there are none."
     parts, others = [], _others(report)
@@ -46,7 +57,7 @@ def not_counted(report:StudyReport)->str:
         parts.append(f"{count(duplicates)} with a seed and repeat already counted {verb} left out.")
     return " ".join([*parts, *(f"Note: {problem}." for problem in report.problems)])
 
-# %% ../../nbs/report/04_words.ipynb #cell-10
+# %% ../../nbs/report/04_words.ipynb #cell-12
 def how_to_run(report:StudyReport)->str:
     "What to do when there are no runs."
     title, name = report.study.title, report.study.name
@@ -62,7 +73,7 @@ def how_to_run(report:StudyReport)->str:
             f"`speedrun run {name} -p variant baseline -p seeds 0:8` runs one variant. "
             "Then render this document again.")
 
-# %% ../../nbs/report/04_words.ipynb #cell-13
+# %% ../../nbs/report/04_words.ipynb #cell-15
 def _data(report:StudyReport)->str:
     "What was trained on."
     config = report.groups[0].config or {}
@@ -70,12 +81,13 @@ def _data(report:StudyReport)->str:
     if not report.study.data_words: return f"the data set {config['data.dataset']}"
     return report.study.data_words(config)
 
-# %% ../../nbs/report/04_words.ipynb #cell-14
+# %% ../../nbs/report/04_words.ipynb #cell-16
 def _device(name:str, precision:str|None)->str:
     "`CPU in fp32`"
     shown = name.upper() if name in ("cpu", "cuda") else name
     return f"{shown} in {precision}" if precision else shown
 
+# %% ../../nbs/report/04_words.ipynb #cell-17
 def _devices(report:StudyReport)->str:
     "The devices of all runs, each with its number formats."
     columns = report.frame[["device", "precision"]].astype(object)
@@ -83,18 +95,19 @@ def _devices(report:StudyReport)->str:
     names = {_device(*pair) for pair in known.itertuples(index=False) if pair.device}
     return listed(sorted(names)) or "device not recorded"
 
-# %% ../../nbs/report/04_words.ipynb #cell-15
+# %% ../../nbs/report/04_words.ipynb #cell-18
 def scope(report:StudyReport)->str:
     "What was run: how many runs of what, where, on which data."
     if report.empty: return how_to_run(report)
-    runs = count(sum(len(group.runs) for group in report.groups))
+    runs = sum(len(group.runs) for group in report.groups)
+    counted = f"{count(runs)} of {count(len(report.groups), 'variant')} count here"
     hosts = report.frame["host_id"].nunique()
     machines = count(hosts, "machine") if hosts else "machines that the logs do not name"
-    text = (f"{runs} of {count(len(report.groups), 'variant')} count here, in the profile {report.profile}, "
-            f"on {_data(report)}, made on {machines} ({_devices(report)}).")
+    where = f"made on {machines} ({_devices(report)})"
+    text = f"{counted}, in the profile {report.profile}, on {_data(report)}, {where}."
     return f"{text} {report.notice}".strip()
 
-# %% ../../nbs/report/04_words.ipynb #cell-17
+# %% ../../nbs/report/04_words.ipynb #cell-20
 def _published_protocol(report:StudyReport, clock:str, counted:str)->str:
     "How runs were made elsewhere, by whatever their logs say."
     clocks = {group.runs["clock"].iloc[0] for group in report.groups if group.runs["clock"].notna().any()}
@@ -104,6 +117,7 @@ def _published_protocol(report:StudyReport, clock:str, counted:str)->str:
             "What their logs do not show is not known, and what the logs hold against them "
             "is listed among the threats to validity.")
 
+# %% ../../nbs/report/04_words.ipynb #cell-21
 def protocol(report:StudyReport)->str:
     "How the runs were made: by this project's protocol, or elsewhere."
     name, _, counted = report.study.clock.partition(": ")
@@ -113,7 +127,7 @@ def protocol(report:StudyReport)->str:
             "In a sweep the variants take turns, in randomised complete blocks, "
             "so that a machine that drifts does not favour one of them.")
 
-# %% ../../nbs/report/04_words.ipynb #cell-20
+# %% ../../nbs/report/04_words.ipynb #cell-24
 def claim_sentence(
     claim:Claim|None,
     report:StudyReport,
@@ -127,31 +141,37 @@ def claim_sentence(
     margin = exact_amount(metrics[guard.metric], guard.margin)
     return f"{promise}, and does not make {metrics[guard.metric].label} worse by more than {margin}."
 
+# %% ../../nbs/report/04_words.ipynb #cell-25
+def _hypothesis(report:StudyReport, variant:Variant)->str:
+    "One variant with its claim and source, as an item of a list."
+    title = f" ({variant.title})" if variant.title != variant.name else ""
+    claim = claim_sentence(variant.claim, report)
+    return f"- **`{variant.name}`**{title}. {claim} {variant.source}"
+
+# %% ../../nbs/report/04_words.ipynb #cell-26
 def hypotheses(report:StudyReport)->str:
     "The variants that were run, with their claims and sources, as a Markdown list."
     if report.empty: return how_to_run(report)
-    items = []
-    for group in report.groups:
-        if group.variant == "baseline" or group.name in report.baselines: continue
-        variant = report.variants[group.variant]
-        title = f" ({variant.title})" if variant.title != variant.name else ""
-        items.append(f"- **`{variant.name}`**{title}. {claim_sentence(variant.claim, report)} {variant.source}")
+    baselines = {"baseline", *report.baselines}
+    tried = [group.variant for group in report.groups if not baselines & {group.variant, group.name}]
+    items = [_hypothesis(report, report.variants[name]) for name in tried]
     return "\n".join(items) or "Only the baseline was run."
 
-# %% ../../nbs/report/04_words.ipynb #cell-23
+# %% ../../nbs/report/04_words.ipynb #cell-29
 def _means(group:Group, time:Metric, quality:Metric)->str:
     "One group's time and quality."
     seconds = mean_and_spread(group.values(time.name), time)
     reached = mean_and_spread(group.values(quality.name), quality)
     return f"`{group.variant}` took {seconds} {time.unit} and reached {reached} {quality.unit}"
 
+# %% ../../nbs/report/04_words.ipynb #cell-30
 def _best_by(report:StudyReport, metric:Metric)->Group:
     "The group with the best mean of a metric."
     known = [group for group in report.groups if group.values(metric.name).notna().any()]
     best = min if metric.better == "lower" else max
     return best(known, key=lambda group: group.values(metric.name).mean())
 
-# %% ../../nbs/report/04_words.ipynb #cell-25
+# %% ../../nbs/report/04_words.ipynb #cell-32
 def _extremes(report:StudyReport, time:Metric, quality:Metric)->str:
     "The baseline's means, the fastest variant's and the best one's."
     told = {
@@ -164,6 +184,7 @@ def _extremes(report:StudyReport, time:Metric, quality:Metric)->str:
         roles.append(role)
     return listed(["".join(roles) + _means(group, time, quality) for group, roles in parts.values()])
 
+# %% ../../nbs/report/04_words.ipynb #cell-33
 def headline_means(
     report:StudyReport,
     most:int=7,          # groups that are all told of
@@ -175,7 +196,7 @@ def headline_means(
     text = listed(everyone) if len(everyone) <= most else _extremes(report, time, quality)
     return f"{text[:1].upper()}{text[1:]} (mean ± standard deviation)."
 
-# %% ../../nbs/report/04_words.ipynb #cell-28
+# %% ../../nbs/report/04_words.ipynb #cell-36
 NOTHING_TO_COMPARE = "There is nothing to compare yet: that takes runs of the baseline and of a variant."
 
 def _outcome_words(outcome:str, names:list[str])->str:
@@ -185,16 +206,19 @@ def _outcome_words(outcome:str, names:list[str])->str:
     claims, are = ("claim", "is") if len(names) == 1 else ("claims", "are")
     return f"the {claims} of {variants} {are} {outcome}"
 
+# %% ../../nbs/report/04_words.ipynb #cell-37
 def _outcomes(report:StudyReport)->str:
     "What became of all claims, in a sentence."
-    by_outcome = {outcome: [] for outcome in ("supported", "refuted", "undecided", "untrustworthy")}
-    for c in report.comparisons: by_outcome[c.verdict.outcome].append(c.variant.name)
-    words = [_outcome_words(outcome, names) for outcome, names in by_outcome.items() if names]
-    undecided = len(by_outcome["undecided"]) == len(report.comparisons)
+    outcomes = [c.verdict.outcome for c in report.comparisons]
+    words = []
+    for outcome in ("supported", "refuted", "undecided", "untrustworthy"):
+        names = [c.variant.name for c in report.comparisons if c.verdict.outcome == outcome]
+        if names: words.append(_outcome_words(outcome, names))
+    undecided = set(outcomes) == {"undecided"}
     begin = "On these runs nothing is decided yet:" if undecided else "On these runs,"
     return f"{begin} {listed(words)}."
 
-# %% ../../nbs/report/04_words.ipynb #cell-29
+# %% ../../nbs/report/04_words.ipynb #cell-38
 def best(report:StudyReport)->str:
     "The best of several variants, corrected for how many were looked at; empty where none is better."
     better = [c for c in report.comparisons if c.family and c.estimate.better and c.verdict.outcome != "untrustworthy"]
@@ -203,6 +227,7 @@ def best(report:StudyReport)->str:
     return (f"The clearest improvement of {c.family.size} variants is `{c.variant.name}` "
             f"({p_value(c.family.p_adjusted)} after Holm's correction for choosing it among them).")
 
+# %% ../../nbs/report/04_words.ipynb #cell-39
 def audited(report:StudyReport)->str:
     "What the audit says, in a sentence."
     if not report.findings: return "The audit found nothing wrong with the runs."
@@ -212,7 +237,7 @@ def audited(report:StudyReport)->str:
     named = listed([f"`{name}`" for name in serious])
     return f"The audit found serious problems ({named}), which are listed among the threats to validity."
 
-# %% ../../nbs/report/04_words.ipynb #cell-30
+# %% ../../nbs/report/04_words.ipynb #cell-40
 def abstract(report:StudyReport)->str:
     "The whole paper in a few sentences."
     if report.empty: return how_to_run(report)
@@ -220,7 +245,7 @@ def abstract(report:StudyReport)->str:
     sentences = (scope(report), _outcomes(report), best(report), audited(report))
     return " ".join(sentence for sentence in sentences if sentence)
 
-# %% ../../nbs/report/04_words.ipynb #cell-33
+# %% ../../nbs/report/04_words.ipynb #cell-43
 def _names_as_code(
     text:str,
     names:Iterable[str],  # of variants
@@ -231,6 +256,7 @@ def _names_as_code(
         for end in (" ", ",", ":"): text = text.replace(f"{name}{end}", f"`{name}`{end}")
     return text
 
+# %% ../../nbs/report/04_words.ipynb #cell-44
 def _verdict(report:StudyReport, c:Comparison)->str:
     "One verdict with its reasons."
     return f"**`{c.variant.name}`: {c.verdict.outcome}.** {_names_as_code(paragraph(c), report.variants)}"

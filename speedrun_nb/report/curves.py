@@ -43,7 +43,7 @@ def _known(curve:Mapping, name:str, places:Sequence)->np.ndarray:
     points = np.array(sorted(pair for pair in pairs if None not in pair), float).reshape(-1, 2)
     return points[np.isfinite(points).all(1)]
 
-# %% ../../nbs/report/08_curves.ipynb #cell-08
+# %% ../../nbs/report/08_curves.ipynb #cell-09
 def _common_places(
     curves:Sequence[np.ndarray],  # points (n, 2) each, by place
 )->np.ndarray:
@@ -53,7 +53,7 @@ def _common_places(
     places = np.unique(np.concatenate([points[:, 0] for points in curves]))
     return places[(places >= max(starts)) & (places <= min(ends))]
 
-# %% ../../nbs/report/08_curves.ipynb #cell-09
+# %% ../../nbs/report/08_curves.ipynb #cell-10
 def mean_curve(
     group:Group,
     name:str,             # of a metric
@@ -70,13 +70,13 @@ def mean_curve(
     sd = values.std(0, ddof=1) if len(values) > 1 else np.zeros(len(places))
     return MeanCurve(axes[0][0], places, values.mean(0), sd)
 
-# %% ../../nbs/report/08_curves.ipynb #cell-13
+# %% ../../nbs/report/08_curves.ipynb #cell-14
 def _range(values:Iterable[np.ndarray])->tuple[float, float]:
     "The lowest and the highest of all."
     together = np.concatenate(list(values))
     return together.min(), together.max()
 
-# %% ../../nbs/report/08_curves.ipynb #cell-14
+# %% ../../nbs/report/08_curves.ipynb #cell-15
 _FAR = 4  # times the range of what follows
 
 def cut_range(
@@ -95,7 +95,7 @@ def cut_range(
     far_out = 0 < _FAR * (high - low) < highest - lowest
     return (low - room, high + room) if far_out else None
 
-# %% ../../nbs/report/08_curves.ipynb #cell-15
+# %% ../../nbs/report/08_curves.ipynb #cell-16
 def _cut(axis, curves:Iterable[tuple[np.ndarray, np.ndarray]]):
     "Cut what is far out."
     shown = cut_range(curves)
@@ -104,21 +104,21 @@ def _cut(axis, curves:Iterable[tuple[np.ndarray, np.ndarray]]):
     words = "the axis leaves out the beginning"
     axis.text(0.02, 0.02, words, transform=axis.transAxes, fontsize=6.5, color="#888888")
 
-# %% ../../nbs/report/08_curves.ipynb #cell-18
+# %% ../../nbs/report/08_curves.ipynb #cell-19
 def _draw_band(axis, curve:MeanCurve, label:str, **style):
     "A curve, and one standard deviation on either side."
     axis.plot(curve.places, curve.mean, label=label, **style)
     low, high = curve.mean - curve.sd, curve.mean + curve.sd
     axis.fill_between(curve.places, low, high, color=style["color"], alpha=0.15, linewidth=0)
 
-# %% ../../nbs/report/08_curves.ipynb #cell-19
+# %% ../../nbs/report/08_curves.ipynb #cell-20
 def _shown_curve(group:Group, metric:Metric, over_time:bool)->MeanCurve|None:
     "A group's mean curve, in the unit that readers see."
     found = mean_curve(group, metric.name, over_time)
     if found is None: return None
     return MeanCurve(found.over, found.places, found.mean * metric.scale, found.sd * metric.scale)
 
-# %% ../../nbs/report/08_curves.ipynb #cell-21
+# %% ../../nbs/report/08_curves.ipynb #cell-22
 def _label_axes(
     axis,
     report:StudyReport,
@@ -135,11 +135,11 @@ def _label_axes(
     applies = target and target.metric == metric.name and not report.notice
     if over_time and applies: axis.axhline(target.value * metric.scale, color="#888888", linewidth=0.8, linestyle="--")
 
-# %% ../../nbs/report/08_curves.ipynb #cell-22
+# %% ../../nbs/report/08_curves.ipynb #cell-23
 def _points(curves:Iterable[MeanCurve])->list[tuple[np.ndarray, np.ndarray]]:
     return [(curve.places, curve.mean) for curve in curves]
 
-# %% ../../nbs/report/08_curves.ipynb #cell-24
+# %% ../../nbs/report/08_curves.ipynb #cell-25
 _MANY = 8      # variants that one panel can hold
 _COLUMNS = 4   # of panels
 
@@ -149,7 +149,7 @@ def _add_legend(figure, axis):
     if len(handles) > 5: figure.legend(handles.values(), handles, loc="outside right upper")
     elif handles: axis.legend(handles.values(), handles)
 
-# %% ../../nbs/report/08_curves.ipynb #cell-25
+# %% ../../nbs/report/08_curves.ipynb #cell-26
 def _draw_together(
     axis,
     report:StudyReport,
@@ -166,7 +166,7 @@ def _draw_together(
     _cut(axis, _points(drawn))
     _label_axes(axis, report, metric, drawn, over_time)
 
-# %% ../../nbs/report/08_curves.ipynb #cell-26
+# %% ../../nbs/report/08_curves.ipynb #cell-27
 def _curves_together(
     report:StudyReport,
     metrics:Sequence[Metric],
@@ -181,14 +181,14 @@ def _curves_together(
         _add_legend(figure, axis)
     return figure
 
-# %% ../../nbs/report/08_curves.ipynb #cell-27
+# %% ../../nbs/report/08_curves.ipynb #cell-29
 def _many_panels(n:int)->tuple[dict, dict]:
     "The size of a figure with a panel for each of n variants, and how to divide it."
     rows = math.ceil(n / _COLUMNS)
     grid = dict(nrows=rows, ncols=_COLUMNS, sharex=True, sharey=True, squeeze=False)
     return dict(figsize=(7, 0.5 + 1.45 * rows)), grid
 
-# %% ../../nbs/report/08_curves.ipynb #cell-28
+# %% ../../nbs/report/08_curves.ipynb #cell-30
 def _trim_panels(panels, titles:Sequence[str]):
     "Titles, labels below the last panel of each column only, and no axes around nothing."
     for number, axis in enumerate(panels.flat):
@@ -201,7 +201,7 @@ def _trim_panels(panels, titles:Sequence[str]):
         axis.set_ylabel("")
         if not lowest: axis.set_xlabel("")
 
-# %% ../../nbs/report/08_curves.ipynb #cell-29
+# %% ../../nbs/report/08_curves.ipynb #cell-32
 def _draw_beside(
     axis,
     curves:dict[str, MeanCurve|None],  # of the baseline and of one other
@@ -211,7 +211,7 @@ def _draw_beside(
     for (name, curve), color in zip(curves.items(), ("#999999", shade), strict=True):
         if curve: _draw_band(axis, curve, name, color=color, linestyle="-", linewidth=1.2)
 
-# %% ../../nbs/report/08_curves.ipynb #cell-30
+# %% ../../nbs/report/08_curves.ipynb #cell-33
 def _curves_apart(
     report:StudyReport,
     metric:Metric,
@@ -233,7 +233,7 @@ def _curves_apart(
         figure.supylabel(axis_label(metric), fontsize=9)
     return figure
 
-# %% ../../nbs/report/08_curves.ipynb #cell-32
+# %% ../../nbs/report/08_curves.ipynb #cell-35
 def _recorded_metrics(report:StudyReport)->list[Metric]:
     "The quality metrics that any run recorded on the way, in the order of the records."
     curves = [curve for group in report.groups for curve in group.runs["curve"] if curve]
@@ -241,7 +241,7 @@ def _recorded_metrics(report:StudyReport)->list[Metric]:
     metrics = [report.study.metrics[name] for name in names if name in report.study.metrics]
     return [metric for metric in metrics if metric.quality]
 
-# %% ../../nbs/report/08_curves.ipynb #cell-33
+# %% ../../nbs/report/08_curves.ipynb #cell-36
 def learning_curves(
     report:StudyReport,
 ):                      # a matplotlib figure
@@ -250,7 +250,7 @@ def learning_curves(
     apart = metrics and len(report.groups) > _MANY
     return _curves_apart(report, metrics[0]) if apart else _curves_together(report, metrics)
 
-# %% ../../nbs/report/08_curves.ipynb #cell-38
+# %% ../../nbs/report/08_curves.ipynb #cell-41
 def quality_over_time(
     report:StudyReport,
 ):                      # a matplotlib figure
@@ -261,7 +261,7 @@ def quality_over_time(
     if len(report.groups) > _MANY: return _curves_apart(report, metric, over_time=True)
     return _curves_together(report, [metric], over_time=True)
 
-# %% ../../nbs/report/08_curves.ipynb #cell-41
+# %% ../../nbs/report/08_curves.ipynb #cell-44
 def _difference(
     report:StudyReport,
     c:Comparison,
@@ -280,27 +280,27 @@ def _difference(
     spreads = [np.interp(places, curve.places, curve.sd) for curve in (one, other)]
     return MeanCurve(one.over, places, mean - baseline, np.hypot(*spreads))
 
-# %% ../../nbs/report/08_curves.ipynb #cell-42
+# %% ../../nbs/report/08_curves.ipynb #cell-45
 def _differences(report:StudyReport, metric:Metric)->dict[str, MeanCurve]:
     "By variant; those that have none are left out."
     found = {c.variant.variant: _difference(report, c, metric) for c in report.comparisons}
     return {name: curve for name, curve in found.items() if curve}
 
-# %% ../../nbs/report/08_curves.ipynb #cell-43
+# %% ../../nbs/report/08_curves.ipynb #cell-47
 def _draw_difference(axis, curve:MeanCurve, name:str, **style):
     "One variant around the line of its baseline."
     axis.axhline(0, color="#999999", linewidth=0.8)
     _draw_band(axis, curve, name, **style)
     axis.set_xlabel(curve.over)
 
-# %% ../../nbs/report/08_curves.ipynb #cell-44
+# %% ../../nbs/report/08_curves.ipynb #cell-48
 def _differences_together(figure, report:StudyReport, found:dict[str, MeanCurve]):
     "All variants in one panel."
     axis = figure.subplots()
     for name, curve in found.items(): _draw_difference(axis, curve, name, **line_style(report, name))
     return axis
 
-# %% ../../nbs/report/08_curves.ipynb #cell-45
+# %% ../../nbs/report/08_curves.ipynb #cell-49
 def curve_differences(
     report:StudyReport,
 ):                      # a matplotlib figure

@@ -186,13 +186,13 @@ def _way(
     relative_interval = getattr(difference, "ci95_relative", None)
     return Way(what, runs, difference.absolute, difference.ci95, difference.relative, relative_interval, **more)
 
-# %% ../../nbs/report/03_evidence_tables.ipynb #cell-31
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-32
 def _pooled_way(c:Comparison)->Way:
     p = c.tests.welch.p if c.tests.welch else None
     judged = c.estimate.method == "welch"
     return _way("all runs pooled (Welch)", c.difference, c.baseline.n + c.variant.n, p=p, judged=judged)
 
-# %% ../../nbs/report/03_evidence_tables.ipynb #cell-32
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-34
 def _strata_ways(c:Comparison)->list[Way]:
     "Each host or block alone, all together, and what they say of another one."
     within = c.stratified
@@ -208,7 +208,7 @@ def _strata_ways(c:Comparison)->list[Way]:
     if other: ways.append(_way(f"for another {kind} (random effects)", other, p=other.p))
     return ways
 
-# %% ../../nbs/report/03_evidence_tables.ipynb #cell-33
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-36
 def _paired_ways(c:Comparison)->list[Way]:
     "Runs of equal seeds, if both sides have some."
     pairs = c.paired
@@ -218,7 +218,7 @@ def _paired_ways(c:Comparison)->list[Way]:
         f"in pairs of equal seeds{moving}", 2 * pairs.n, pairs.mean, pairs.ci95,
         pairs.estimate.relative, pairs.ci95_relative, pairs.p, judged=c.estimate.method == "paired")]
 
-# %% ../../nbs/report/03_evidence_tables.ipynb #cell-34
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-37
 def _frontier_ways(c:Comparison)->list[Way]:
     "The time that a variant saves at equal quality, if the baseline was run at several budgets."
     saved = c.frontier.time if c.frontier else None
@@ -227,12 +227,12 @@ def _frontier_ways(c:Comparison)->list[Way]:
     what = f"at equal {quality.label} (frontier)"
     return [_way(what, saved, p=saved.p, judged=c.estimate.method == "frontier")]
 
-# %% ../../nbs/report/03_evidence_tables.ipynb #cell-35
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-39
 def ways(c:Comparison)->list[Way]:
     "Every way of looking at the difference of a comparison."
     return [_pooled_way(c), *_strata_ways(c), *_paired_ways(c), *_frontier_ways(c)]
 
-# %% ../../nbs/report/03_evidence_tables.ipynb #cell-36
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-40
 def design_rows(c:Comparison)->list[dict]:
     "The difference of a comparison by every way of looking at it, in words; the one that the verdict judges is marked."
     return [{
@@ -241,7 +241,7 @@ def design_rows(c:Comparison)->list[dict]:
         "relative": _relative_words(way.relative, way.relative_interval),
         "p": p_cell(way.p), "": "judged" if way.judged else None} for way in ways(c)]
 
-# %% ../../nbs/report/03_evidence_tables.ipynb #cell-39
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-43
 def frontier_rows(c:Comparison)->list[dict]:
     "The budgets that make up the baseline's frontier."
     if not c.frontier: return []
@@ -251,7 +251,7 @@ def frontier_rows(c:Comparison)->list[dict]:
         time.axis: f"{b.time * time.scale:.{time.digits}f}",
         quality.axis: f"{b.quality * quality.scale:.{quality.digits}f}"} for b in c.frontier.budgets]
 
-# %% ../../nbs/report/03_evidence_tables.ipynb #cell-40
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-44
 _REACHED = {True: "yes", False: "no", None: "not shown"}
 
 def _reach_row(target:str, side:str, reach, metric:Metric)->dict:
@@ -261,7 +261,7 @@ def _reach_row(target:str, side:str, reach, metric:Metric)->dict:
         "mean reaches it (p < 0.01)": _REACHED[reach.reached], "one-sided p": p_cell(reach.p),
         "runs that reach it": None if reach.share is None else percent(reach.share)}
 
-# %% ../../nbs/report/03_evidence_tables.ipynb #cell-41
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-45
 def reach_rows(
     c:Comparison,
     metrics:Mapping[str, Metric],  # of the study
@@ -273,7 +273,7 @@ def reach_rows(
     sides = ((c.baseline.name, c.target.baseline), (c.variant.name, c.target.variant))
     return [_reach_row(heading, side, reach, metric) for side, reach in sides if reach.n]
 
-# %% ../../nbs/report/03_evidence_tables.ipynb #cell-43
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-47
 def _family_rows(c:Comparison)->list[dict]:
     "The correction for looking at several variants."
     family = c.family
@@ -281,7 +281,7 @@ def _family_rows(c:Comparison)->list[dict]:
     return [{"method": family.method, "variants": family.size,
              "p": p_cell(family.p), "corrected p": p_cell(family.p_adjusted)}]
 
-# %% ../../nbs/report/03_evidence_tables.ipynb #cell-44
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-48
 def evidence_rows(
     c:Comparison,
     metrics:Mapping[str, Metric],  # of the study
@@ -296,7 +296,7 @@ def evidence_rows(
         "correction for several variants": _family_rows(c)}
     return {title: rows for title, rows in parts.items() if rows}
 
-# %% ../../nbs/report/03_evidence_tables.ipynb #cell-47
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-51
 def _design_row(
     c:Comparison,
     way:Way,
@@ -312,14 +312,14 @@ def _design_row(
     row["judged"] = "yes" if way.judged else ""
     return row
 
-# %% ../../nbs/report/03_evidence_tables.ipynb #cell-48
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-52
 def design_table(report:StudyReport)->str:
     "Every comparison's difference by every way of looking at it: variant minus baseline, with 95 % intervals."
     several = len({c.metric.axis for c in report.comparisons}) > 1
     rows = [_design_row(c, way, several) for c in report.comparisons for way in ways(c)]
     return markdown(rows, right=2)
 
-# %% ../../nbs/report/03_evidence_tables.ipynb #cell-50
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-54
 def _headed(report:StudyReport, rows_of:Callable)->list[dict]:
     "The rows of every comparison, each headed by its variant."
     return [{"variant": c.variant.name} | row for c in report.comparisons for row in rows_of(c)]
@@ -328,7 +328,7 @@ def tests_table(report:StudyReport)->str: return markdown(_headed(report, test_r
 
 def effects_table(report:StudyReport)->str: return markdown(_headed(report, effect_rows), right=2)
 
-# %% ../../nbs/report/03_evidence_tables.ipynb #cell-53
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-57
 def _target_row(report:StudyReport, row:Mapping)->dict:
     "How many runs of a group reach the target, and when."
     target, metrics = report.study.target, report.study.metrics
@@ -344,7 +344,7 @@ def _target_row(report:StudyReport, row:Mapping)->dict:
         reach: row["arrived"],
         when: None if seconds is None else time.show(seconds).partition(" ")[0]}
 
-# %% ../../nbs/report/03_evidence_tables.ipynb #cell-54
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-58
 def target_table(report:StudyReport)->str:
     "How many runs of each variant reach the target, and when; a sentence where the target does not apply."
     applies = report.study.target and not report.notice and not report.empty
@@ -352,20 +352,20 @@ def target_table(report:StudyReport)->str:
     rows = target_rows(report.groups, report.study.target, report.study.metrics)
     return markdown([_target_row(report, row) for row in rows])
 
-# %% ../../nbs/report/03_evidence_tables.ipynb #cell-57
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-61
 def _as_code(text:str)->str:
     "Options of commands as code, unless they are already, so that no renderer makes dashes of them."
     parts = text.split("`")
     return "`".join(part if number % 2 else re.sub(r"(--[a-z]+)", r"`\1`", part) for number, part in enumerate(parts))
 
-# %% ../../nbs/report/03_evidence_tables.ipynb #cell-58
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-62
 def _further(findings:list[Finding])->str:
     "Findings that are only named."
     groups = sorted({group for finding in findings for group in finding.groups})
     named = ", ".join(f"`{group}`" for group in groups)
     return f"The same holds for {count(len(findings), 'further case')} ({named})."
 
-# %% ../../nbs/report/03_evidence_tables.ipynb #cell-59
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-63
 def _threat(
     severity:str,
     name:str,              # of the check
@@ -379,14 +379,14 @@ def _threat(
     more = f" {_further(rest)}" if rest else ""
     return _as_code(f"- **{severity}**, `{name}`: {messages}{more} *{remedies}*")
 
-# %% ../../nbs/report/03_evidence_tables.ipynb #cell-61
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-65
 def _by_kind(findings:Iterable[Finding])->dict[tuple[str, str], list[Finding]]:
     "Findings by severity and check, in the order of the first of each."
     kinds = {}
     for finding in findings: kinds.setdefault((finding.severity, finding.id), []).append(finding)
     return kinds
 
-# %% ../../nbs/report/03_evidence_tables.ipynb #cell-62
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-66
 def threats(
     report:StudyReport,
     most:int=3,          # findings of one kind that are told in full

@@ -203,7 +203,7 @@ def _draw_mean(
     if one.ci95 and other.ci95: errors = dict(xerr=_error(one), yerr=_error(other))
     axis.errorbar(one.mean, other.mean, linestyle="", markersize=5, capsize=2, **style, **errors)
 
-# %% ../../nbs/report/07_figures.ipynb #cell-26
+# %% ../../nbs/report/07_figures.ipynb #cell-27
 def _draw_tradeoff(
     axis,
     report:StudyReport,
@@ -219,7 +219,7 @@ def _draw_tradeoff(
     if first_use: style["marker"] = "D"
     _draw_mean(axis, x, y, label=group.variant, **style)
 
-# %% ../../nbs/report/07_figures.ipynb #cell-27
+# %% ../../nbs/report/07_figures.ipynb #cell-28
 def quality_against_time(
     report:StudyReport,
 ):                      # a matplotlib figure
@@ -234,14 +234,14 @@ def quality_against_time(
         axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
-# %% ../../nbs/report/07_figures.ipynb #cell-32
+# %% ../../nbs/report/07_figures.ipynb #cell-33
 def _shown_runs(report:StudyReport)->pd.DataFrame:
     "The runs of all groups, with a host of each and the name of its group."
     if report.empty: return pd.DataFrame(columns=["host_id"])
     runs = pd.concat([group.runs.assign(shown=group.variant) for group in report.groups])
     return runs.assign(host_id=runs["host_id"].fillna(""))
 
-# %% ../../nbs/report/07_figures.ipynb #cell-33
+# %% ../../nbs/report/07_figures.ipynb #cell-34
 def _draw_order(
     axis,
     report:StudyReport,
@@ -260,13 +260,13 @@ def _draw_order(
         axis.plot(mine.index + 1, mine[time.name] * time.scale, label=group.variant, **style)
     axis.set(xlabel="order of running", ylabel=axis_label(time))
 
-# %% ../../nbs/report/07_figures.ipynb #cell-34
+# %% ../../nbs/report/07_figures.ipynb #cell-36
 def legend_handles(figure)->dict:
     "What a legend of all axes shows, by label."
     found = [axis.get_legend_handles_labels() for axis in figure.axes]
     return {label: handle for handles, labels in found for handle, label in zip(handles, labels, strict=True)}
 
-# %% ../../nbs/report/07_figures.ipynb #cell-35
+# %% ../../nbs/report/07_figures.ipynb #cell-37
 def run_order(
     report:StudyReport,
 ):                      # a matplotlib figure
@@ -283,7 +283,7 @@ def run_order(
         axis.legend(handles.values(), handles, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
-# %% ../../nbs/report/07_figures.ipynb #cell-38
+# %% ../../nbs/report/07_figures.ipynb #cell-40
 def _draw_power(
     axis,
     question:str,
@@ -299,7 +299,7 @@ def _draw_power(
     axis.set(title=textwrap.fill(question, 42), ylim=(0, 1.02))
     axis.set(xlabel="runs on each side", ylabel="power")
 
-# %% ../../nbs/report/07_figures.ipynb #cell-39
+# %% ../../nbs/report/07_figures.ipynb #cell-41
 def power_curves(
     analysis,  # of power: `curves()` is a frame, `wanted` the power that is asked for
 ):             # a matplotlib figure

@@ -147,7 +147,7 @@ def _code_sentence(plan:SweepPlan, runs:pd.DataFrame)->str:
     verb = "was" if other == 1 else "were"
     return f"{count(other)} under it {verb} made by other code than was there when it was frozen."
 
-# %% ../../nbs/report/09_planned.ipynb #cell-25
+# %% ../../nbs/report/09_planned.ipynb #cell-26
 def _became(plan:SweepPlan, runs:pd.DataFrame)->str:
     "What became of a plan."
     states = cell_states(plan, runs)
@@ -159,7 +159,7 @@ def _became(plan:SweepPlan, runs:pd.DataFrame)->str:
     sentences.append(_code_sentence(plan, runs))
     return " ".join(filter(None, sentences))
 
-# %% ../../nbs/report/09_planned.ipynb #cell-26
+# %% ../../nbs/report/09_planned.ipynb #cell-27
 def _claims(plan:SweepPlan, report:StudyReport)->str:
     "Do the claims still stand as they were frozen? Empty where nothing was claimed."
     changes = claim_changes(plan, report.study)
@@ -169,7 +169,7 @@ def _claims(plan:SweepPlan, report:StudyReport)->str:
     claimed = any(condition.get("claim") for condition in plan.conditions)
     return "The claims are those that were frozen with it." if claimed else ""
 
-# %% ../../nbs/report/09_planned.ipynb #cell-29
+# %% ../../nbs/report/09_planned.ipynb #cell-30
 def _unplanned_words(report:StudyReport, n:int)->str:
     "Without any plan, all runs are exploratory."
     where = f" for the profile {report.profile}" if report.profile else ""
@@ -177,7 +177,7 @@ def _unplanned_words(report:StudyReport, n:int)->str:
     which = "the only run is" if n == 1 else f"all {count(n)} are"
     return f"No plan was frozen{where}: {which} exploratory."
 
-# %% ../../nbs/report/09_planned.ipynb #cell-30
+# %% ../../nbs/report/09_planned.ipynb #cell-31
 def exploratory_words(report:StudyReport)->str:
     "Which runs no plan asked for."
     runs = report.frame[_runs(report)["plan"] == EXPLORATORY]
@@ -192,14 +192,14 @@ def exploratory_words(report:StudyReport)->str:
     if not asked: return text
     return f"{text} Of these, {asked} would have been asked for by a plan."
 
-# %% ../../nbs/report/09_planned.ipynb #cell-33
+# %% ../../nbs/report/09_planned.ipynb #cell-34
 def _plan_words(plan:SweepPlan, report:StudyReport)->str:
     "One plan: what it asked for, what became of it, and its claims where something was run under it."
     runs = _runs(report)
     claims = _claims(plan, report) if plan.name in _used_plans(report) else ""
     return f"{_asked(plan, runs)} {_became(plan, runs)} {claims}".strip()
 
-# %% ../../nbs/report/09_planned.ipynb #cell-34
+# %% ../../nbs/report/09_planned.ipynb #cell-35
 _PUBLISHED = "These runs were published elsewhere; whether they were planned before they were made is not known."
 
 def planned_words(report:StudyReport)->str:
@@ -215,7 +215,7 @@ def planned_words(report:StudyReport)->str:
     parts.append(exploratory_words(report))
     return "\n\n".join(filter(None, parts))
 
-# %% ../../nbs/report/09_planned.ipynb #cell-35
+# %% ../../nbs/report/09_planned.ipynb #cell-36
 def planned_section(report:StudyReport)->str:
     "What a paper says of its plans: the paragraphs, and the table `tbl-planned` where there is a plan."
     words = planned_words(report)

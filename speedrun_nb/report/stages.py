@@ -69,7 +69,7 @@ def _load_stage(
     pairs = [(baselines.get(group.name), group) for group in found.groups]
     return Stage(profile, study, pairs, case.rows, provenances, case.own)
 
-# %% ../../nbs/report/05_stages.ipynb #cell-11
+# %% ../../nbs/report/05_stages.ipynb #cell-12
 def load_stages(
     study:str,
     outputs:str|Path="outputs",
@@ -81,13 +81,13 @@ def load_stages(
     profiles = [profile for profile in profiles_with_runs(study, outputs) if profile in readable]
     return [_load_stage(known, profile, frame, provenances) for profile in profiles]
 
-# %% ../../nbs/report/05_stages.ipynb #cell-13
+# %% ../../nbs/report/05_stages.ipynb #cell-14
 def _with_change(metric:Metric, baseline:Group|None, group:Group)->dict:
     "A metric's mean, and its change from the baseline in per cent."
     return {metric.axis: mean_and_spread(group.values(metric.name), metric),
             f"Δ {metric.label} (%)": relative_change(baseline, group, metric)}
 
-# %% ../../nbs/report/05_stages.ipynb #cell-14
+# %% ../../nbs/report/05_stages.ipynb #cell-15
 def stages_table(stages:Iterable[Stage])->str:
     "A row for each variant in each profile: quality and time, and their changes from that profile's baseline (Δ)."
     rows = []
@@ -98,7 +98,7 @@ def stages_table(stages:Iterable[Stage])->str:
             rows.append(row | _with_change(quality, baseline, group) | _with_change(time, baseline, group))
     return markdown(rows, right=2)
 
-# %% ../../nbs/report/05_stages.ipynb #cell-16
+# %% ../../nbs/report/05_stages.ipynb #cell-17
 def stages_sentence(
     stages:list[Stage],
     profile:str|None,    # that the paper is about
@@ -110,7 +110,7 @@ def stages_sentence(
     about = f" This paper is about {profile}; only the tables of this section show all." if profile else ""
     return f"There are runs in the profiles {listed(counts)}.{about}"
 
-# %% ../../nbs/report/05_stages.ipynb #cell-19
+# %% ../../nbs/report/05_stages.ipynb #cell-20
 def whole_settings(
     stage:Stage,
     variant:str,
@@ -122,7 +122,7 @@ def whole_settings(
     known = resolve(stage.study, name if name in variant_names(stage.study) else "baseline", "full").flat
     return known | {key: value for key, value in (config or {}).items() if key in known}
 
-# %% ../../nbs/report/05_stages.ipynb #cell-20
+# %% ../../nbs/report/05_stages.ipynb #cell-21
 def sizes_of(
     stages:Iterable[Stage],
     report:StudyReport,      # with runs
@@ -131,14 +131,14 @@ def sizes_of(
     stage = next(stage for stage in stages if stage.profile == report.profile)
     return whole_settings(stage, "baseline", next(iter(report.variants.values())).baseline)
 
-# %% ../../nbs/report/05_stages.ipynb #cell-22
+# %% ../../nbs/report/05_stages.ipynb #cell-23
 def published_note(stages:Iterable[Stage])->str:
     "What must stand with sizes that are not all from logs; empty where they are."
     if all(stage.own for stage in stages): return ""
     return ("Sizes that the logs of published runs do not show are taken to be those of the variant "
             "that they are named after, or the record's.")
 
-# %% ../../nbs/report/05_stages.ipynb #cell-25
+# %% ../../nbs/report/05_stages.ipynb #cell-26
 def tokens_of(run:Mapping)->dict[str, float|None]:
     "What a run's record says of tokens: trained, unique, passes."
     recorded = run.get("tokens") if isinstance(run.get("tokens"), Mapping) else {}
@@ -147,13 +147,13 @@ def tokens_of(run:Mapping)->dict[str, float|None]:
     if passes is None and both_known: passes = trained / unique
     return {"trained": trained, "unique": min(trained, unique) if both_known else unique, "passes": passes}
 
-# %% ../../nbs/report/05_stages.ipynb #cell-27
+# %% ../../nbs/report/05_stages.ipynb #cell-28
 def mean_of_known(values:Iterable[float|None])->float|None:
     "The mean of what is known; None where nothing is."
     known = [value for value in values if value is not None and math.isfinite(value)]
     return sum(known) / len(known) if known else None
 
-# %% ../../nbs/report/05_stages.ipynb #cell-28
+# %% ../../nbs/report/05_stages.ipynb #cell-29
 def significant(
     value:float|None,
     digits:int=4,
@@ -164,16 +164,16 @@ def significant(
     decimals = digits - 1 - math.floor(math.log10(abs(value)))
     return f"{value:,.{max(0, decimals)}f}"
 
-# %% ../../nbs/report/05_stages.ipynb #cell-29
+# %% ../../nbs/report/05_stages.ipynb #cell-30
 def millions(value:float|None)->str|None: return None if value is None else significant(value * 1e-6)
 
-# %% ../../nbs/report/05_stages.ipynb #cell-31
+# %% ../../nbs/report/05_stages.ipynb #cell-32
 def _weights(stage:Stage, group:Group)->str|None:
     "The size of a model, in millions of weights."
     settings = whole_settings(stage, group.variant, group.config)
     return millions(stage.study.weights(settings)) if stage.study.weights and settings else None
 
-# %% ../../nbs/report/05_stages.ipynb #cell-32
+# %% ../../nbs/report/05_stages.ipynb #cell-34
 def _tokens_row(stage:Stage, baseline:Group|None, group:Group)->dict:
     "One variant: tokens of a run, passes over its data, weights, memory."
     tokens = [tokens_of(run) for run in group.runs.to_dict("records")]
@@ -186,7 +186,7 @@ def _tokens_row(stage:Stage, baseline:Group|None, group:Group)->dict:
     memory = main_metrics(stage.study)[2]
     return row | _with_change(memory, baseline, group)
 
-# %% ../../nbs/report/05_stages.ipynb #cell-33
+# %% ../../nbs/report/05_stages.ipynb #cell-35
 def tokens_table(stages:Iterable[Stage])->str:
     "A row for each variant in each profile: tokens that a run trained on and how many were different, weights, memory."
     return markdown([_tokens_row(stage, *pair) for stage in stages for pair in stage.pairs], right=2)

@@ -88,7 +88,7 @@ def _as_defined(group:Group, variants:dict[str, Variant])->bool:
     variant = variants.get(group.variant)
     return variant is not None and group.config_hash == variant.config_hash and len(group.runs) > 0
 
-# %% ../../nbs/report/01_study.ipynb #cell-10
+# %% ../../nbs/report/01_study.ipynb #cell-11
 def _compared_here(case:Case)->Compared:
     "Runs of this project: every variant in params/ against the variant `baseline`."
     variants, problems = _readable_variants(case)
@@ -98,7 +98,7 @@ def _compared_here(case:Case)->Compared:
     pairs = [(groups[0], group) for group in groups[1:]] if has_baseline else []
     return Compared(variants, groups, pairs, problems)
 
-# %% ../../nbs/report/01_study.ipynb #cell-12
+# %% ../../nbs/report/01_study.ipynb #cell-13
 def _published_variant(case:Case, baseline:Group, group:Group)->Variant:
     "A variant by what its logs show, with the title of ours that it is named after."
     name = without_stage(group.variant)
@@ -108,7 +108,7 @@ def _published_variant(case:Case, baseline:Group, group:Group)->Variant:
         settings=None, flat=group.config or {}, baseline=baseline.config or {},
         claim=claim_of(case.study, group.variant), source="Published runs.")
 
-# %% ../../nbs/report/01_study.ipynb #cell-13
+# %% ../../nbs/report/01_study.ipynb #cell-14
 def _families(case:Case)->list[tuple[Group|None, list[Group]]]:
     "Each baseline with itself and what is compared with it; None for what is like no baseline."
     if case.baseline:
@@ -117,7 +117,7 @@ def _families(case:Case)->list[tuple[Group|None, list[Group]]]:
     parts = by_baseline(case)
     return [(part.baseline, part.groups) for part in parts]
 
-# %% ../../nbs/report/01_study.ipynb #cell-14
+# %% ../../nbs/report/01_study.ipynb #cell-15
 def _published_pairs(case:Case, groups:list[Group])->list[tuple[Group, Group]]:
     "Each published variant with its baseline."
     if case.baseline: return [(groups[0], group) for group in groups[1:]]
@@ -126,7 +126,7 @@ def _published_pairs(case:Case, groups:list[Group])->list[tuple[Group, Group]]:
     compared = [group for group in groups if nearest[group.name]]
     return [(named[nearest[group.name].name], group) for group in compared]
 
-# %% ../../nbs/report/01_study.ipynb #cell-15
+# %% ../../nbs/report/01_study.ipynb #cell-17
 def _compared_elsewhere(case:Case)->Compared:
     "Runs that were made elsewhere: each group against the baseline that it is most like."
     variants, groups = {}, []
@@ -137,12 +137,12 @@ def _compared_elsewhere(case:Case)->Compared:
             groups.append(replace(group, variant=group.name))
     return Compared(variants, groups, _published_pairs(case, groups), [])
 
-# %% ../../nbs/report/01_study.ipynb #cell-16
+# %% ../../nbs/report/01_study.ipynb #cell-18
 def compared(case:Case)->Compared:
     "What a case compares, whether its runs were made here or elsewhere."
     return _compared_here(case) if case.own else _compared_elsewhere(case)
 
-# %% ../../nbs/report/01_study.ipynb #cell-18
+# %% ../../nbs/report/01_study.ipynb #cell-20
 _FATES = {"running": "is still running", "interrupted": "was interrupted"}
 
 def _unfinished(
@@ -154,7 +154,7 @@ def _unfinished(
     return [f"batch {folder} {_FATES.get(state, state)}" for folder, state in states.items()
             if state not in ("completed", "imported")]
 
-# %% ../../nbs/report/01_study.ipynb #cell-20
+# %% ../../nbs/report/01_study.ipynb #cell-22
 def _known_profiles(outputs:Path)->list[str]:
     "Every profile of any study, and every one that has runs."
     known = set()
@@ -163,7 +163,7 @@ def _known_profiles(outputs:Path)->list[str]:
         known |= {path.name for path in outputs.glob(f"{study}/*") if path.is_dir()}
     return sorted(known)
 
-# %% ../../nbs/report/01_study.ipynb #cell-22
+# %% ../../nbs/report/01_study.ipynb #cell-24
 def _other_budgets(case:Case, found:Compared)->list[Group]:
     "The baseline trained for longer or shorter; none where there is not one baseline."
     if not case.baseline or not found.groups: return []
@@ -172,7 +172,7 @@ def _other_budgets(case:Case, found:Compared)->list[Group]:
     budgets = budget_groups(list(case.groups), first, case.study.budget)
     return [group for group in budgets if group.config_hash != first.config_hash]
 
-# %% ../../nbs/report/01_study.ipynb #cell-23
+# %% ../../nbs/report/01_study.ipynb #cell-25
 def _not_shown(case:Case, shown:list[Group])->list[Group]:
     "The groups of a case that no table shows."
     known = {(group.variant, group.config_hash) for group in shown}
@@ -182,13 +182,13 @@ def _not_shown(case:Case, shown:list[Group])->list[Group]:
         if (name, group.config_hash) not in known: rest.append(group)
     return rest
 
-# %% ../../nbs/report/01_study.ipynb #cell-25
+# %% ../../nbs/report/01_study.ipynb #cell-27
 def _relevant(findings:list[Finding], groups:list[Group])->list[Finding]:
     "Findings about these groups, or about all runs."
     names = {group.variant for group in groups}
     return [finding for finding in findings if not finding.groups or names & set(finding.groups)]
 
-# %% ../../nbs/report/01_study.ipynb #cell-26
+# %% ../../nbs/report/01_study.ipynb #cell-29
 def _report_on(
     case:Case,
     outputs:Path,
@@ -209,7 +209,7 @@ def _report_on(
         problems=problems + found.problems + _unfinished(outputs, batches),
         plans=case.plans)
 
-# %% ../../nbs/report/01_study.ipynb #cell-27
+# %% ../../nbs/report/01_study.ipynb #cell-30
 def _empty_report(
     study:Study,
     profile:str|None,
@@ -222,7 +222,7 @@ def _empty_report(
     nothing = dict(variants={}, groups=[], budgets=[], others=[], comparisons=[], findings=[], provenances={})
     return StudyReport(study, profile, frame.iloc[:0], **nothing, problems=problems, elsewhere=elsewhere, plans=plans)
 
-# %% ../../nbs/report/01_study.ipynb #cell-28
+# %% ../../nbs/report/01_study.ipynb #cell-32
 def load_report(
     study:str,                      # name of a study
     outputs:str|Path="outputs",     # relative to the project

@@ -124,7 +124,7 @@ def curve_metrics(
     recorded = {name for curve in curves for name in curve}
     return [metric for metric in study.metrics.values() if metric.quality and metric.name in recorded]
 
-# %% ../../nbs/report/00_style.ipynb #cell-25
+# %% ../../nbs/report/00_style.ipynb #cell-26
 def _known_points(
     curve:Mapping,
     metric:Metric,
@@ -135,12 +135,12 @@ def _known_points(
     known = [(place, value * metric.scale) for place, value in zip(places, values, strict=True) if value is not None]
     return np.reshape(known, (-1, 2))
 
-# %% ../../nbs/report/00_style.ipynb #cell-26
+# %% ../../nbs/report/00_style.ipynb #cell-28
 def _panels(figure, n:int)->Iterator:
     "n axes beside one another; none for 0."
     return iter(figure.subplots(1, n, squeeze=False)[0] if n else ())
 
-# %% ../../nbs/report/00_style.ipynb #cell-27
+# %% ../../nbs/report/00_style.ipynb #cell-29
 def batch_curves(
     records:list[dict],  # of a batch
     study:Study,

@@ -113,7 +113,7 @@ def _exploratory_cell(
     if n in (0, len(names)): return {"exploratory": "yes" if n else ""}
     return {"exploratory": f"{n} of {len(names)}"}
 
-# %% ../../nbs/report/02_tables.ipynb #cell-19
+# %% ../../nbs/report/02_tables.ipynb #cell-20
 def _run_row(report:StudyReport, run:Mapping)->dict:
     "One run as it was recorded."
     row = {"variant": run["variant"]}
@@ -123,7 +123,7 @@ def _run_row(report:StudyReport, run:Mapping)->dict:
     row |= _exploratory_cell(report, [run.get("plan")])
     return row | cells(run, main_metrics(report.study))
 
-# %% ../../nbs/report/02_tables.ipynb #cell-20
+# %% ../../nbs/report/02_tables.ipynb #cell-21
 def _batch_row(
     report:StudyReport,
     variant:str,
@@ -140,7 +140,7 @@ def _batch_row(
         if metric.name in runs: row[metric.axis] = mean_and_spread(runs[metric.name], metric)
     return row
 
-# %% ../../nbs/report/02_tables.ipynb #cell-22
+# %% ../../nbs/report/02_tables.ipynb #cell-23
 def runs_table(
     report:StudyReport,
     most:int=200,        # rows; with more runs, a row is a batch
@@ -153,7 +153,7 @@ def runs_table(
     else: rows = [_run_row(report, run) for run in frame.to_dict("records")]
     return markdown(rows, right=4 + _marks_exploratory(report))
 
-# %% ../../nbs/report/02_tables.ipynb #cell-25
+# %% ../../nbs/report/02_tables.ipynb #cell-26
 def _summary_row(report:StudyReport, group:Group)->dict:
     "One variant: its runs, and the means of time and quality."
     row = {"variant": group.variant, "runs": len(group.runs)}
@@ -166,12 +166,12 @@ def _summary_row(report:StudyReport, group:Group)->dict:
         row[f"95 % interval ({metric.unit})"] = interval(values, metric)
     return row
 
-# %% ../../nbs/report/02_tables.ipynb #cell-26
+# %% ../../nbs/report/02_tables.ipynb #cell-27
 def summary_table(report:StudyReport)->str:
     "A row a variant: runs, then mean ± standard deviation and the 95 % interval of the mean."
     return markdown([_summary_row(report, group) for group in report.groups])
 
-# %% ../../nbs/report/02_tables.ipynb #cell-29
+# %% ../../nbs/report/02_tables.ipynb #cell-30
 def _metric_cell(metric:Metric)->str:
     "A metric with the direction that is better; long names may break."
     arrow = "↓" if metric.better == "lower" else "↑"
@@ -183,13 +183,13 @@ def _method_cell(c:Comparison)->str:
     if c.estimate.method == "stratified": return f"within {c.strata[0].kind}s"
     return {"frontier": "at equal quality", "welch": "Welch"}.get(c.estimate.method, "pairs")
 
-# %% ../../nbs/report/02_tables.ipynb #cell-30
+# %% ../../nbs/report/02_tables.ipynb #cell-31
 def _effect_cell(c:Comparison)->str|None:
     "Hedges' g; None within blocks, where pooled runs have no common spread."
     g = c.effect.hedges_g
     return None if g is None or c.stratified else f"{g:+.2f}"
 
-# %% ../../nbs/report/02_tables.ipynb #cell-31
+# %% ../../nbs/report/02_tables.ipynb #cell-33
 def _comparison_row(report:StudyReport, c:Comparison)->dict:
     "One variant against its baseline."
     e = c.estimate
@@ -207,18 +207,18 @@ def _comparison_row(report:StudyReport, c:Comparison)->dict:
     if corrected: row["p (Holm)"] = c.family and p_cell(c.family.p_adjusted, NBSP)
     return row | {"Hedges' g": _effect_cell(c), "guard": c.guard and c.guard.outcome}
 
-# %% ../../nbs/report/02_tables.ipynb #cell-32
+# %% ../../nbs/report/02_tables.ipynb #cell-34
 def comparison_table(report:StudyReport)->str:
     "A row a variant: its change from the baseline on the claim's metric, the test, the guard and the verdict."
     return markdown([_comparison_row(report, c) for c in report.comparisons])
 
-# %% ../../nbs/report/02_tables.ipynb #cell-35
+# %% ../../nbs/report/02_tables.ipynb #cell-37
 def baseline_of(report:StudyReport, group:Group)->Group|None:
     "The group that a group is compared with."
     name = next((c.baseline.name for c in report.comparisons if c.variant.name == group.name), None)
     return next((g for g in report.groups if g.name == name), None)
 
-# %% ../../nbs/report/02_tables.ipynb #cell-36
+# %% ../../nbs/report/02_tables.ipynb #cell-38
 def relative_change(
     baseline:Group|None,
     group:Group,
@@ -231,12 +231,12 @@ def relative_change(
     text = signed_with_interval(answer.relative, answer.ci95_relative, replace(RELATIVE, digits=2))
     return text and text.replace(" to ", f"{NBSP}to{NBSP}")
 
-# %% ../../nbs/report/02_tables.ipynb #cell-37
+# %% ../../nbs/report/02_tables.ipynb #cell-39
 def _has_values(report:StudyReport, metric:Metric)->bool:
     "Did any run measure it?"
     return any(group.values(metric.name).notna().any() for group in report.groups)
 
-# %% ../../nbs/report/02_tables.ipynb #cell-38
+# %% ../../nbs/report/02_tables.ipynb #cell-41
 def _cost_metrics(
     report:StudyReport,
     names:Sequence[str],  # none: all costs but time
@@ -248,7 +248,7 @@ def _cost_metrics(
     asked = [known[name] for name in names or costs]
     return [metric for metric in asked if _has_values(report, metric)]
 
-# %% ../../nbs/report/02_tables.ipynb #cell-39
+# %% ../../nbs/report/02_tables.ipynb #cell-42
 def _cost_row(report:StudyReport, group:Group, metrics:Iterable[Metric])->dict:
     "One variant: what it cost, and how that differs from its baseline."
     row, baseline = {"variant": group.variant}, baseline_of(report, group)
@@ -257,12 +257,12 @@ def _cost_row(report:StudyReport, group:Group, metrics:Iterable[Metric])->dict:
         row[f"Δ {metric.label} (%)"] = relative_change(baseline, group, metric)
     return row
 
-# %% ../../nbs/report/02_tables.ipynb #cell-40
+# %% ../../nbs/report/02_tables.ipynb #cell-44
 def _without_changes(rows:list[dict])->list[dict]:
     "The rows without the columns of changes."
     return [{name: value for name, value in row.items() if not name.startswith("Δ")} for row in rows]
 
-# %% ../../nbs/report/02_tables.ipynb #cell-41
+# %% ../../nbs/report/02_tables.ipynb #cell-45
 def costs_table(
     report:StudyReport,
     names:Sequence[str]=(),  # of metrics; none: all costs but the time that the summary shows
@@ -274,7 +274,7 @@ def costs_table(
     changed = any(value is not None for value in changes)
     return markdown(rows if changed else _without_changes(rows))
 
-# %% ../../nbs/report/02_tables.ipynb #cell-45
+# %% ../../nbs/report/02_tables.ipynb #cell-49
 def _baseline_settings(report:StudyReport)->dict[str, dict]:
     "The settings of every baseline, by the heading of its column."
     named = [name for name in report.baselines if name in report.variants]
@@ -283,7 +283,7 @@ def _baseline_settings(report:StudyReport)->dict[str, dict]:
     any_variant = next(iter(report.variants.values()))
     return {"baseline": any_variant.baseline}
 
-# %% ../../nbs/report/02_tables.ipynb #cell-46
+# %% ../../nbs/report/02_tables.ipynb #cell-50
 def _all_settings(baselines:Mapping[str, Mapping])->list[str]:
     "The names of all settings that any baseline has."
     return list(dict.fromkeys(name for flat in baselines.values() for name in flat))
@@ -293,7 +293,7 @@ def _setting_row(baselines:Mapping[str, Mapping], name:str)->dict:
     values = {heading: show_setting(flat[name]) if name in flat else None for heading, flat in baselines.items()}
     return {"setting": name} | values
 
-# %% ../../nbs/report/02_tables.ipynb #cell-47
+# %% ../../nbs/report/02_tables.ipynb #cell-52
 def _changes_of(report:StudyReport, name:str)->dict[str, list[str]]:
     "The values that variants give a setting, each with the variants that do."
     changes = {}
@@ -304,13 +304,13 @@ def _changes_of(report:StudyReport, name:str)->dict[str, list[str]]:
 
 def _section_of(name:str)->str: return name.partition(".")[0]
 
-# %% ../../nbs/report/02_tables.ipynb #cell-48
+# %% ../../nbs/report/02_tables.ipynb #cell-53
 def _changed_sections(report:StudyReport)->set[str]:
     "The sections in which any variant changes a setting."
     changed = [report.variants[group.variant].changed for group in report.groups]
     return {_section_of(name) for names in changed for name in names}
 
-# %% ../../nbs/report/02_tables.ipynb #cell-50
+# %% ../../nbs/report/02_tables.ipynb #cell-55
 def settings_table(report:StudyReport)->str:
     "What the variants change: a row for each new value, among settings of the same section that nobody changes."
     if report.empty: return markdown([])
@@ -327,7 +327,7 @@ def settings_table(report:StudyReport)->str:
     rows.append({"setting": f"{rest} others", "changed?": "no"})
     return markdown(rows, right=4 + len(baselines))
 
-# %% ../../nbs/report/02_tables.ipynb #cell-51
+# %% ../../nbs/report/02_tables.ipynb #cell-56
 def hyperparameter_table(report:StudyReport)->str:
     "Every setting of the baseline in this profile, and which variants change it."
     if report.empty: return markdown([])
@@ -337,7 +337,7 @@ def hyperparameter_table(report:StudyReport)->str:
         rows.append(_setting_row(baselines, name) | {"changed?": ", ".join(by) or "no"})
     return markdown(rows, right=2 + len(baselines))
 
-# %% ../../nbs/report/02_tables.ipynb #cell-54
+# %% ../../nbs/report/02_tables.ipynb #cell-59
 def _gpus(provenance:Mapping)->str:
     "The GPUs of a batch: `8 × NVIDIA H100`."
     counts = Counter(gpu.get("name", "") for gpu in provenance.get("gpus") or [])
@@ -346,19 +346,19 @@ def _gpus(provenance:Mapping)->str:
 def _drivers(provenance:Mapping)->str:
     return ", ".join({gpu.get("driver_version", "") for gpu in provenance.get("gpus") or []})
 
-# %% ../../nbs/report/02_tables.ipynb #cell-55
+# %% ../../nbs/report/02_tables.ipynb #cell-60
 def _commit(provenance:Mapping)->str:
     git = provenance.get("git") or {}
     dirty = " with uncommitted changes" if git.get("dirty") else ""
     return (git.get("commit") or "")[:10] + dirty
 
-# %% ../../nbs/report/02_tables.ipynb #cell-57
+# %% ../../nbs/report/02_tables.ipynb #cell-62
 def _torch(provenance:Mapping)->str|None: return (provenance.get("packages") or {}).get("torch")
 
 def _data_hashes(provenance:Mapping)->str:
     return ", ".join(f"{name} {digest[:10]}" for name, digest in (provenance.get("data") or {}).items())
 
-# %% ../../nbs/report/02_tables.ipynb #cell-58
+# %% ../../nbs/report/02_tables.ipynb #cell-63
 _FACTS = {  # heading -> key of a provenance, or what reads it
     "processor": "cpu", "GPU": _gpus, "GPU driver": _drivers, "CUDA": "cuda",
     "operating system": "os", "Python": "python", "PyTorch": _torch,
@@ -373,7 +373,7 @@ def _fact(
     answers = [p.get(read) if isinstance(read, str) else read(p) for p in provenances]
     return ", ".join(sorted({str(answer) for answer in answers if answer}))
 
-# %% ../../nbs/report/02_tables.ipynb #cell-59
+# %% ../../nbs/report/02_tables.ipynb #cell-64
 def machine_table(report:StudyReport)->str:
     "What the runs were made on and with; a row for each known fact."
     facts = {heading: _fact(report.provenances.values(), read) for heading, read in _FACTS.items()}

@@ -46,7 +46,7 @@ def _others_published(report:StudyReport)->list[str]:
     baselines = "this baseline" if len(report.baselines) < 2 else "these baselines"
     return [f"runs of {names}, which are not compared with {baselines}"]
 
-# %% ../../nbs/report/04_words.ipynb #cell-10
+# %% ../../nbs/report/04_words.ipynb #cell-11
 def not_counted(report:StudyReport)->str:
     "Runs that are not in the tables, and batches that did not end; empty where there are none."
     parts, others = [], _others(report)
@@ -57,7 +57,7 @@ def not_counted(report:StudyReport)->str:
         parts.append(f"{count(duplicates)} with a seed and repeat already counted {verb} left out.")
     return " ".join([*parts, *(f"Note: {problem}." for problem in report.problems)])
 
-# %% ../../nbs/report/04_words.ipynb #cell-12
+# %% ../../nbs/report/04_words.ipynb #cell-13
 def how_to_run(report:StudyReport)->str:
     "What to do when there are no runs."
     title, name = report.study.title, report.study.name
@@ -73,7 +73,7 @@ def how_to_run(report:StudyReport)->str:
             f"`speedrun run {name} -p variant baseline -p seeds 0:8` runs one variant. "
             "Then render this document again.")
 
-# %% ../../nbs/report/04_words.ipynb #cell-15
+# %% ../../nbs/report/04_words.ipynb #cell-16
 def _data(report:StudyReport)->str:
     "What was trained on."
     config = report.groups[0].config or {}
@@ -81,13 +81,13 @@ def _data(report:StudyReport)->str:
     if not report.study.data_words: return f"the data set {config['data.dataset']}"
     return report.study.data_words(config)
 
-# %% ../../nbs/report/04_words.ipynb #cell-16
+# %% ../../nbs/report/04_words.ipynb #cell-18
 def _device(name:str, precision:str|None)->str:
     "`CPU in fp32`"
     shown = name.upper() if name in ("cpu", "cuda") else name
     return f"{shown} in {precision}" if precision else shown
 
-# %% ../../nbs/report/04_words.ipynb #cell-17
+# %% ../../nbs/report/04_words.ipynb #cell-19
 def _devices(report:StudyReport)->str:
     "The devices of all runs, each with its number formats."
     columns = report.frame[["device", "precision"]].astype(object)
@@ -95,7 +95,7 @@ def _devices(report:StudyReport)->str:
     names = {_device(*pair) for pair in known.itertuples(index=False) if pair.device}
     return listed(sorted(names)) or "device not recorded"
 
-# %% ../../nbs/report/04_words.ipynb #cell-18
+# %% ../../nbs/report/04_words.ipynb #cell-20
 def scope(report:StudyReport)->str:
     "What was run: how many runs of what, where, on which data."
     if report.empty: return how_to_run(report)
@@ -107,7 +107,7 @@ def scope(report:StudyReport)->str:
     text = f"{counted}, in the profile {report.profile}, on {_data(report)}, {where}."
     return f"{text} {report.notice}".strip()
 
-# %% ../../nbs/report/04_words.ipynb #cell-20
+# %% ../../nbs/report/04_words.ipynb #cell-22
 def _published_protocol(report:StudyReport, clock:str, counted:str)->str:
     "How runs were made elsewhere, by whatever their logs say."
     clocks = {group.runs["clock"].iloc[0] for group in report.groups if group.runs["clock"].notna().any()}
@@ -117,7 +117,7 @@ def _published_protocol(report:StudyReport, clock:str, counted:str)->str:
             "What their logs do not show is not known, and what the logs hold against them "
             "is listed among the threats to validity.")
 
-# %% ../../nbs/report/04_words.ipynb #cell-21
+# %% ../../nbs/report/04_words.ipynb #cell-23
 def protocol(report:StudyReport)->str:
     "How the runs were made: by this project's protocol, or elsewhere."
     name, _, counted = report.study.clock.partition(": ")
@@ -127,7 +127,7 @@ def protocol(report:StudyReport)->str:
             "In a sweep the variants take turns, in randomised complete blocks, "
             "so that a machine that drifts does not favour one of them.")
 
-# %% ../../nbs/report/04_words.ipynb #cell-24
+# %% ../../nbs/report/04_words.ipynb #cell-26
 def claim_sentence(
     claim:Claim|None,
     report:StudyReport,
@@ -141,14 +141,14 @@ def claim_sentence(
     margin = exact_amount(metrics[guard.metric], guard.margin)
     return f"{promise}, and does not make {metrics[guard.metric].label} worse by more than {margin}."
 
-# %% ../../nbs/report/04_words.ipynb #cell-25
+# %% ../../nbs/report/04_words.ipynb #cell-27
 def _hypothesis(report:StudyReport, variant:Variant)->str:
     "One variant with its claim and source, as an item of a list."
     title = f" ({variant.title})" if variant.title != variant.name else ""
     claim = claim_sentence(variant.claim, report)
     return f"- **`{variant.name}`**{title}. {claim} {variant.source}"
 
-# %% ../../nbs/report/04_words.ipynb #cell-26
+# %% ../../nbs/report/04_words.ipynb #cell-28
 def hypotheses(report:StudyReport)->str:
     "The variants that were run, with their claims and sources, as a Markdown list."
     if report.empty: return how_to_run(report)
@@ -157,21 +157,21 @@ def hypotheses(report:StudyReport)->str:
     items = [_hypothesis(report, report.variants[name]) for name in tried]
     return "\n".join(items) or "Only the baseline was run."
 
-# %% ../../nbs/report/04_words.ipynb #cell-29
+# %% ../../nbs/report/04_words.ipynb #cell-31
 def _means(group:Group, time:Metric, quality:Metric)->str:
     "One group's time and quality."
     seconds = mean_and_spread(group.values(time.name), time)
     reached = mean_and_spread(group.values(quality.name), quality)
     return f"`{group.variant}` took {seconds} {time.unit} and reached {reached} {quality.unit}"
 
-# %% ../../nbs/report/04_words.ipynb #cell-30
+# %% ../../nbs/report/04_words.ipynb #cell-32
 def _best_by(report:StudyReport, metric:Metric)->Group:
     "The group with the best mean of a metric."
     known = [group for group in report.groups if group.values(metric.name).notna().any()]
     best = min if metric.better == "lower" else max
     return best(known, key=lambda group: group.values(metric.name).mean())
 
-# %% ../../nbs/report/04_words.ipynb #cell-32
+# %% ../../nbs/report/04_words.ipynb #cell-34
 def _extremes(report:StudyReport, time:Metric, quality:Metric)->str:
     "The baseline's means, the fastest variant's and the best one's."
     told = {
@@ -184,7 +184,7 @@ def _extremes(report:StudyReport, time:Metric, quality:Metric)->str:
         roles.append(role)
     return listed(["".join(roles) + _means(group, time, quality) for group, roles in parts.values()])
 
-# %% ../../nbs/report/04_words.ipynb #cell-33
+# %% ../../nbs/report/04_words.ipynb #cell-35
 def headline_means(
     report:StudyReport,
     most:int=7,          # groups that are all told of
@@ -196,7 +196,7 @@ def headline_means(
     text = listed(everyone) if len(everyone) <= most else _extremes(report, time, quality)
     return f"{text[:1].upper()}{text[1:]} (mean ± standard deviation)."
 
-# %% ../../nbs/report/04_words.ipynb #cell-36
+# %% ../../nbs/report/04_words.ipynb #cell-38
 NOTHING_TO_COMPARE = "There is nothing to compare yet: that takes runs of the baseline and of a variant."
 
 def _outcome_words(outcome:str, names:list[str])->str:
@@ -206,7 +206,7 @@ def _outcome_words(outcome:str, names:list[str])->str:
     claims, are = ("claim", "is") if len(names) == 1 else ("claims", "are")
     return f"the {claims} of {variants} {are} {outcome}"
 
-# %% ../../nbs/report/04_words.ipynb #cell-37
+# %% ../../nbs/report/04_words.ipynb #cell-39
 def _outcomes(report:StudyReport)->str:
     "What became of all claims, in a sentence."
     outcomes = [c.verdict.outcome for c in report.comparisons]
@@ -218,7 +218,7 @@ def _outcomes(report:StudyReport)->str:
     begin = "On these runs nothing is decided yet:" if undecided else "On these runs,"
     return f"{begin} {listed(words)}."
 
-# %% ../../nbs/report/04_words.ipynb #cell-38
+# %% ../../nbs/report/04_words.ipynb #cell-41
 def best(report:StudyReport)->str:
     "The best of several variants, corrected for how many were looked at; empty where none is better."
     better = [c for c in report.comparisons if c.family and c.estimate.better and c.verdict.outcome != "untrustworthy"]
@@ -227,7 +227,7 @@ def best(report:StudyReport)->str:
     return (f"The clearest improvement of {c.family.size} variants is `{c.variant.name}` "
             f"({p_value(c.family.p_adjusted)} after Holm's correction for choosing it among them).")
 
-# %% ../../nbs/report/04_words.ipynb #cell-39
+# %% ../../nbs/report/04_words.ipynb #cell-42
 def audited(report:StudyReport)->str:
     "What the audit says, in a sentence."
     if not report.findings: return "The audit found nothing wrong with the runs."
@@ -237,7 +237,7 @@ def audited(report:StudyReport)->str:
     named = listed([f"`{name}`" for name in serious])
     return f"The audit found serious problems ({named}), which are listed among the threats to validity."
 
-# %% ../../nbs/report/04_words.ipynb #cell-40
+# %% ../../nbs/report/04_words.ipynb #cell-44
 def abstract(report:StudyReport)->str:
     "The whole paper in a few sentences."
     if report.empty: return how_to_run(report)
@@ -245,7 +245,7 @@ def abstract(report:StudyReport)->str:
     sentences = (scope(report), _outcomes(report), best(report), audited(report))
     return " ".join(sentence for sentence in sentences if sentence)
 
-# %% ../../nbs/report/04_words.ipynb #cell-43
+# %% ../../nbs/report/04_words.ipynb #cell-47
 def _names_as_code(
     text:str,
     names:Iterable[str],  # of variants
@@ -256,7 +256,7 @@ def _names_as_code(
         for end in (" ", ",", ":"): text = text.replace(f"{name}{end}", f"`{name}`{end}")
     return text
 
-# %% ../../nbs/report/04_words.ipynb #cell-44
+# %% ../../nbs/report/04_words.ipynb #cell-48
 def _verdict(report:StudyReport, c:Comparison)->str:
     "One verdict with its reasons."
     return f"**`{c.variant.name}`: {c.verdict.outcome}.** {_names_as_code(paragraph(c), report.variants)}"

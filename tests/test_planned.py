@@ -229,6 +229,12 @@ def test_papers_tell_of_their_plans(sweep, tmp_path, monkeypatch):
     assert [int(n) for n in re.findall(r"Table (\d+):", made["nanogpt"])] == [*range(1, 17)]
 
 
+def test_a_plan_without_runs_has_empty_tables(tmp_path):
+    freeze(as_frozen(read_sweep("cifar_demo")), tmp_path)
+    report = load_report("cifar", tmp_path)
+    assert report.plans and tables.runs_table(report) == tables.summary_table(report) == "*No runs yet.*"
+
+
 def large_plan(variants, seeds):
     "A plan of many conditions, and the records of all its runs."
     conditions = [dict(name=f"v{i}", variant=f"v{i}", config_hash=f"h{i}", claim=None) for i in range(variants)]

@@ -227,8 +227,8 @@ def _curves_apart(
         for axis, name in zip(panels.flat, others, strict=False):
             pair = {each: curves[each] for each in (baseline, name)}
             _draw_beside(axis, pair, colour(report, name))
-            _label_axes(axis, report, metric, drawn, over_time)
         _cut(panels.flat[0], _points(drawn))
+        for axis in panels.flat[:len(others)]: _label_axes(axis, report, metric, drawn, over_time)
         _trim_panels(panels, others)
         figure.supylabel(axis_label(metric), fontsize=9)
     return figure

@@ -16,6 +16,8 @@ report: $(INSTALLED)   ## train the demos of the studies on this machine (some m
 
 test: $(INSTALLED)     ## everything that CI checks; changes nothing in the tree
 	$(BIN)/python tests/check_tree.py
+	$(BIN)/python tests/check_style.py
+	$(BIN)/python tests/save_outputs.py --check
 	$(BIN)/ruff check .
 	$(BIN)/nbdev_test
 	$(BIN)/pytest
@@ -27,8 +29,10 @@ lab: $(INSTALLED)      ## JupyterLab, for exploring
 	$(BIN)/pip install -q -c constraints.txt -e '.[lab]'
 	$(BIN)/jupyter lab nbs
 
-export: $(INSTALLED)   ## after editing notebooks: write the package, clean the notebooks
+export: $(INSTALLED)   ## after editing notebooks: write the package, clean the notebooks, save what they show
 	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+	$(BIN)/python tests/save_outputs.py
 	$(BIN)/nbdev_clean
 
 docs: $(INSTALLED)     ## the documentation site, where Quarto is present

@@ -35,6 +35,9 @@ setup(
     include_package_data=True,
     install_requires=words("requirements"),
     extras_require=extras,
-    entry_points={"console_scripts": words("console_scripts"), "nbdev": [f"{settings['lib_name']}={settings['lib_path']}._modidx:d"]},
+    entry_points={
+        "console_scripts": words("console_scripts"),
+        "nbdev": [f"{settings['lib_name']}={settings['lib_path']}._modidx:d"],
+    },
     zip_safe=False,
 )

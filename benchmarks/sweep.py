@@ -1,16 +1,18 @@
 """What a sweep costs beyond training: planning and resuming, our share of a batch's time, and the start of a kernel.
 
-`plan`: seconds until the first batch is handed to an engine, for sweeps of 100, 1,000 and 10,000 cells with one cell a batch
-(the worst case), new and with all done but a few, by part. Each is timed in a process of its own. The records are made up,
-by the functions that write true ones, in a temporary folder; 10,000 take 100 MB there.
+`plan`: seconds until the first batch is handed to an engine, for sweeps of 100, 1,000 and 10,000 cells with one cell a
+batch (the worst case), new and with all done but a few, by part. Each is timed in a process of its own. The records are
+made up, by the functions that write true ones, in a temporary folder; 10,000 take 100 MB there.
 
-`batch`: the same notebook run by plain papermill and by a sweep on this machine, taking turns, a batch each. The notebook
-imports nothing heavy and trains nothing, so that the difference of some hundredths of a second is not lost in the noise of
-training; all else (claim, worker, kernel, papermill, provenance, record, reading what is new) is as with any other. Once
-with empty outputs, once with many cells done already, once with many to go. Beside the difference, which is noisy where others
-use the machine, stands the time between the end of one notebook and the start of the next within the sweep itself.
+`batch`: the same notebook run by plain papermill and by a sweep on this machine, taking turns, a batch each. The
+notebook imports nothing heavy and trains nothing, so that the difference of some hundredths of a second is not lost in
+the noise of training; all else (lease, worker, kernel, papermill, provenance, record, reading what is new) is as with
+any other. Once with empty outputs, once with many cells done already, once with many to go. Beside the difference,
+which is noisy when others use the machine, stands the time between the end of one notebook and the start of the next
+within the sweep itself.
 
-`kernel`: the time to start a Jupyter kernel until it answers, for it to import what the run notebook of CIFAR-10 does, and to end it.
+`kernel`: the time to start a Jupyter kernel until it answers, for it to import what the run notebook of CIFAR-10 does,
+and to end it.
 
     python benchmarks/sweep.py                 # everything: some minutes
     python benchmarks/sweep.py plan --cells 10000
@@ -39,7 +41,8 @@ TO_GO = 8  # cells that are not done when a sweep is resumed
 def write_sweep(folder, cells):
     "A sweep file with one cell a batch; its path."
     path = Path(folder) / "made_up.yaml"
-    path.write_text(f"study: cifar\nprofile: demo\nvariants: [{', '.join(VARIANTS)}]\nseeds: 0:{cells // len(VARIANTS)}\nseeds_per_batch: 1\n")
+    path.write_text(f"study: cifar\nprofile: demo\nvariants: [{', '.join(VARIANTS)}]\n"
+                    f"seeds: 0:{cells // len(VARIANTS)}\nseeds_per_batch: 1\n")
     return path
 
 
@@ -50,28 +53,44 @@ def train(settings, seeds):
     curve = {name: [random.random() for _ in range(10)] for name in ("train_loss", "accuracy_plain", "time_seconds")}
     yield Ready("cpu", "fp32", 1, 0.5, {"embedded": "0" * 64})
     for seed in seeds:
-        yield Result(seed, "completed", 4 + random.random() / 10, dict(accuracy=0.93, accuracy_plain=0.92, train_loss=1.1), curve | {"epoch": list(range(10))}, [2.3] * 20, 1 << 30,
-                     dict(whitening=0.0912345, training=3.8123456, evaluation=0.2123456))
+        yield Result(seed, "completed", time_seconds=4 + random.random() / 10,
+                     metrics=dict(accuracy=0.93, accuracy_plain=0.92, train_loss=1.1),
+                     curve=curve | {"epoch": list(range(10))}, losses=[2.3] * 20, peak_memory_bytes=1 << 30,
+                     regions=dict(whitening=0.0912345, training=3.8123456, evaluation=0.2123456))
+
+
+def write_models(sweep, name):
+    "A batch that was really written, for each variant: its folder's name, its run_id, its files."
+    from speedrun_nb.core.batch import run_batch
+    from speedrun_nb.core.parameters import plan_batch
+    from speedrun_nb.core.provenance import note
+    from speedrun_nb.sweep.plan import plan_batches
+
+    models = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for batch in plan_batches(sweep)[:len(VARIANTS)]:
+            parameters = batch.parameters | dict(outputs=folder, sweep=name)
+            made = run_batch(plan_batch(sweep.study.name, **parameters), train).folder
+            note(made, notebook_seconds=8.5)
+            texts = [(made / file).read_text() for file in ("provenance.json", "runs.jsonl")]
+            models[batch.condition.name] = [made.name, *batch.cells, *texts]
+    return models
 
 
 def write_done(sweep, outputs, to_go=TO_GO):
     "Folders of all batches of a sweep but the last ones, like one that was really written for each variant."
-    from speedrun_nb.core.batch import plan_batch, run_batch
-    from speedrun_nb.core.provenance import note
-    from speedrun_nb.sweep.plan import as_frozen, plan
+    from speedrun_nb.sweep.plan import as_frozen, plan_batches
 
-    batches, name, models = plan(sweep), as_frozen(sweep).name, {}
-    with tempfile.TemporaryDirectory() as folder:
-        for batch in batches[:len(VARIANTS)]:
-            made = run_batch(plan_batch(sweep.study.name, **batch.parameters | dict(outputs=folder, sweep=name)), train).folder
-            note(made, notebook_seconds=8.5)
-            models[batch.condition.name] = [made.name, *batch.cells, *((made / file).read_text() for file in ("provenance.json", "runs.jsonl"))]
-    for number, batch in enumerate(batches[:-to_go]):
+    models = write_models(sweep, as_frozen(sweep).name)
+    for number, batch in enumerate(plan_batches(sweep)[:-to_go]):
         model, cell, provenance, record = models[batch.condition.name]
-        made = Path(outputs) / sweep.study.name / sweep.profile / batch.condition.variant.name / f"20260101T000000Z-{number:06x}"
+        place = Path(outputs) / sweep.study.name / sweep.profile / batch.condition.variant.name
+        made = place / f"20260101T000000Z-{number:06x}"
         made.mkdir(parents=True)
         (made / "provenance.json").write_text(provenance)
-        (made / "runs.jsonl").write_text(record.replace(model, made.name, 1).replace(cell, *batch.cells, 1).replace(f'"seed": {json.loads(record)["seed"]}', f'"seed": {batch.seeds[0]}', 1))
+        old_seed, new_seed = (f'"seed": {seed}' for seed in (json.loads(record)["seed"], batch.seeds[0]))
+        record = record.replace(model, made.name, 1).replace(cell, *batch.cells, 1).replace(old_seed, new_seed, 1)
+        (made / "runs.jsonl").write_text(record)
 
 
 # planning and resuming
@@ -83,7 +102,7 @@ class Handed(Exception):
 class Nowhere:
     "An engine that is not asked to run anything."
     def __init__(self):
-        from speedrun_nb.sweep.local import Slot
+        from speedrun_nb.sweep.slots import Slot
         self.slots = [Slot("nowhere", "nowhere")]
 
     def free(self): return self.slots
@@ -106,7 +125,7 @@ def until_first(path, outputs):
         try: return function(*arguments)
         finally: parts[name] = parts.get(name, 0) + time.perf_counter() - began
 
-    names = ("as_frozen", "freeze", "Cells", "Claims", "read_costs")
+    names = ("as_frozen", "freeze", "Cells", "Leases", "read_costs")
     for name in names: setattr(drive, name, functools.partial(timed, name, getattr(drive, name)))
     sweep = timed("read_sweep", read_sweep, path, outputs)
     made = timed("Drive", drive.Drive, sweep, outputs, Nowhere())
@@ -118,7 +137,8 @@ def until_first(path, outputs):
 
 def in_own_process(path, outputs):
     "`until_first` in a process of its own."
-    found = subprocess.run([sys.executable, __file__, "until-first", str(path), str(outputs)], capture_output=True, text=True)
+    command = [sys.executable, __file__, "until-first", str(path), str(outputs)]
+    found = subprocess.run(command, capture_output=True, text=True)
     if found.returncode: raise SystemExit(found.stderr)
     return json.loads(found.stdout)
 
@@ -144,7 +164,8 @@ from speedrun_nb.core.batch import plan_batch, run_batch
 from speedrun_nb.core.records import Ready, Result
 def _train(settings, seeds):
     yield Ready("cpu", "fp32", 1, 0.0, {"embedded": "0" * 64})
-    for seed in seeds: yield Result(seed, "completed", 1.0, dict(accuracy=0.9, accuracy_plain=0.9, train_loss=1.0), dict(epoch=[0]), [2.3] * 20, None)
+    metrics = dict(accuracy=0.9, accuracy_plain=0.9, train_loss=1.0)
+    for seed in seeds: yield Result(seed, "completed", 1.0, metrics, dict(epoch=[0]), [2.3] * 20, None)
 _batch = run_batch(plan_batch("cifar", **_parameters), _train)
 _batch.raise_if_failed()
 """
@@ -152,7 +173,8 @@ _batch.raise_if_failed()
 
 @contextmanager
 def stand_in_project():
-    "A project whose run notebook of CIFAR-10 takes and checks the same parameters, but trains nothing; the working directory meanwhile."
+    """A project whose run notebook of CIFAR-10 takes and checks the same parameters, but trains nothing; the working
+    directory meanwhile."""
     import nbformat
 
     from speedrun_nb.core.study import project_root
@@ -173,13 +195,15 @@ def stand_in_project():
 
 
 class Turns:
-    "After every batch of a sweep, the same by plain papermill. Shows the sweep as on a terminal, which counts as the sweep's."
+    """After every batch of a sweep, the same by plain papermill. Shows the sweep as on a terminal, which counts as the
+    sweep's."""
     def __init__(self, project, batches):
         from rich.console import Console
 
         from speedrun_nb.sweep.show import Show
 
-        self.project, self.left, self.began, self.folder, self.show = project, batches, None, None, Show()
+        self.project, self.left, self.show = project, batches, Show()
+        self.began, self.folder = None, None
         self.sweep, self.plain, self.around = [], [], []
         self.show.console = Console(file=open(os.devnull, "w"), force_terminal=True)
 
@@ -205,7 +229,8 @@ class Turns:
         parameters = dict(variant="baseline", profile="demo", seeds=[0], outputs=str(target), batch=f"b{self.left}")
         target.mkdir(exist_ok=True)
         start = time.perf_counter()
-        papermill.execute_notebook(self.project / "nbs/run_cifar.ipynb", target / f"{self.left}.ipynb", parameters, kernel_name="python3", progress_bar=False, cwd=self.project, extra_arguments=QUIET)
+        papermill.execute_notebook(self.project / "nbs/run_cifar.ipynb", target / f"{self.left}.ipynb", parameters,
+                                   kernel_name="python3", progress_bar=False, cwd=self.project, extra_arguments=QUIET)
         return time.perf_counter() - start
 
 
@@ -221,13 +246,17 @@ def our_share(project, cells, done, batches):
         drive = Drive(sweep, f"{folder}/outputs", LocalEngine([()]), show=turns)
         with turns.show.showing(): drive.run()
     differences = [ours - plain for ours, plain in zip(turns.sweep, turns.plain, strict=True)]
-    return {"sweep": median(turns.sweep), "plain papermill": median(turns.plain), "median difference": median(differences), "its quartiles": quantiles(differences, n=4)[::2],
-            "between notebooks": median(turns.around), "batches": len(differences), "load of the machine": os.getloadavg()[0] / os.cpu_count()}
+    return {"sweep": median(turns.sweep), "plain papermill": median(turns.plain),
+            "median difference": median(differences), "its quartiles": quantiles(differences, n=4)[::2],
+            "between notebooks": median(turns.around), "batches": len(differences),
+            "load of the machine": os.getloadavg()[0] / os.cpu_count()}
 
 
 def record_keeping(rounds=7):
-    "Seconds that a batch takes to note code and machine, in this checkout, and to write its records: a part of the notebook, whoever executes it."
-    from speedrun_nb.core.batch import plan_batch, run_batch
+    """Seconds that a batch takes to note code and machine, in this checkout, and to write its records: a part of the
+    notebook, whoever executes it."""
+    from speedrun_nb.core.batch import run_batch
+    from speedrun_nb.core.parameters import plan_batch
 
     seconds = []
     with tempfile.TemporaryDirectory() as folder:
@@ -241,15 +270,20 @@ def record_keeping(rounds=7):
 def measure_share(batches, cells):
     "Our share in a batch's time, in an empty folder and in full ones."
     with stand_in_project() as project:
-        results = {"small sweep": our_share(project, 4 * (batches + 4), False, batches), f"{cells} cells, nearly all done": our_share(project, cells, True, batches),
-                   f"{cells} cells, all to go": our_share(project, cells, False, batches)}
+        results = {"small sweep": our_share(project, 4 * (batches + 4), done=False, batches=batches),
+                   f"{cells} cells, nearly all done": our_share(project, cells, done=True, batches=batches),
+                   f"{cells} cells, all to go": our_share(project, cells, done=False, batches=batches)}
     return results | {"record keeping in the notebook": record_keeping()}
 
 
 # the start of a kernel
 
-IMPORTS = {"parameters": "from speedrun_nb.core.batch import ProgressBars, notebook_parameters", "training (torch)": "from speedrun_nb.core.batch import plan_batch, run_batch",
-           "results (pandas, matplotlib)": "from IPython.display import Markdown\nfrom speedrun_nb.report.style import batch_curves, batch_table"}
+IMPORTS = {
+    "parameters": "from speedrun_nb.core.batch import ProgressBars, notebook_parameters",
+    "training (torch)": "from speedrun_nb.core.batch import plan_batch, run_batch",
+    "results (pandas, matplotlib)": "from IPython.display import Markdown\n"
+                                    "from speedrun_nb.report.style import batch_curves, batch_table",
+}
 
 
 def measure_kernel(rounds):
@@ -265,14 +299,17 @@ def measure_kernel(rounds):
         return value
 
     for _ in range(rounds):
-        manager, client = timed("start", start_new_kernel, kernel_name="python3", extra_arguments=QUIET)  # waits for the answer to kernel_info
+        # waits for the answer to kernel_info
+        manager, client = timed("start", start_new_kernel, kernel_name="python3", extra_arguments=QUIET)
         try:
             for name, code in IMPORTS.items():
-                if timed(f"import: {name}", client.execute_interactive, code)["content"]["status"] != "ok": raise SystemExit(f"{code} failed")
+                answer = timed(f"import: {name}", client.execute_interactive, code)
+                if answer["content"]["status"] != "ok": raise SystemExit(f"{code} failed")
         finally:
             client.stop_channels()
             timed("end", manager.shutdown_kernel)
-    return {name: median(each) for name, each in seconds.items()} | {"together": median(map(sum, zip(*seconds.values(), strict=True)))}
+    together = median(map(sum, zip(*seconds.values(), strict=True)))
+    return {name: median(each) for name, each in seconds.items()} | {"together": together}
 
 
 def rounded(value):
@@ -284,15 +321,23 @@ def rounded(value):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=("all", "plan", "batch", "kernel"), default="all", help="what to measure (default: all)")
-    parser.add_argument("--cells", type=int, nargs="+", default=[100, 1000, 10000], help="sizes of the sweeps; the largest is that of the full folders of `batch`")
+    parser.add_argument("what", nargs="?", choices=("all", "plan", "batch", "kernel"), default="all",
+                        help="what to measure (default: all)")
+    parser.add_argument("--cells", type=int, nargs="+", default=[100, 1000, 10000],
+                        help="sizes of the sweeps; the largest is that of the full folders of `batch`")
     parser.add_argument("--batches", type=int, default=15, help="batches by each side (batch)")
     parser.add_argument("--rounds", type=int, default=7, help="kernels (kernel)")
     given = parser.parse_args()
-    parts = {"plan": lambda: measure_planning(given.cells), "batch": lambda: measure_share(given.batches, max(given.cells)), "kernel": lambda: measure_kernel(given.rounds)}
-    print(json.dumps(rounded({name: measure() for name, measure in parts.items() if given.what in ("all", name)}), indent=1))
+    parts = {
+        "plan": lambda: measure_planning(given.cells),
+        "batch": lambda: measure_share(given.batches, max(given.cells)),
+        "kernel": lambda: measure_kernel(given.rounds),
+    }
+    found = {name: measure() for name, measure in parts.items() if given.what in ("all", name)}
+    print(json.dumps(rounded(found), indent=1))
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["until-first"]: print(json.dumps(until_first(*map(Path, sys.argv[2:]))))  # what `in_own_process` starts
+    if sys.argv[1:2] == ["until-first"]:  # what `in_own_process` starts
+        print(json.dumps(until_first(*map(Path, sys.argv[2:]))))
     else: main()

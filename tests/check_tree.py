@@ -30,7 +30,11 @@ def differences(copy: Path) -> list[str]:
     "Files that export or cleaning changed, made or would remove."
     ours, theirs = files(ROOT), files(copy)
     changed = [path for path in ours & theirs if not filecmp.cmp(ROOT / path, copy / path, shallow=False)]
-    orphans = [path for path in ours if path.parts[0] == "speedrun_nb" and path.suffix == ".py" and not is_exported(ROOT / path)]
+    orphans = [
+        path
+        for path in ours
+        if path.parts[0] == "speedrun_nb" and path.suffix == ".py" and not is_exported(ROOT / path)
+    ]
     return sorted(map(str, [*changed, *(ours ^ theirs), *orphans]))
 
 

@@ -1,4 +1,5 @@
-"What the end-to-end tests share: commands run as a user runs them, each with a deadline; and the smallest batch that trains."
+"What the tests share: commands run as a user runs them, each with a deadline; the smallest batch that trains."
+
 import json
 import os
 import shutil
@@ -19,7 +20,13 @@ BIN = Path(sys.executable).parent
 NOTEBOOK = ROOT / "nbs" / "run_cifar.ipynb"
 DEADLINE = 180  # seconds; a busy machine may need many times what a quiet one does
 
-TINY = {"data.train_images": 500, "whitening.images": 200, "train.batch_size": 100, "train.epochs": 3, "model.widths": [8, 8, 8]}
+TINY = {
+    "data.train_images": 500,
+    "whitening.images": 200,
+    "train.batch_size": 100,
+    "train.epochs": 3,
+    "model.widths": [8, 8, 8],
+}
 TINY_WORDS = "data.train_images=500 whitening.images=200 train.batch_size=100 train.epochs=3 model.widths=[8,8,8]"
 
 
@@ -36,10 +43,18 @@ def environment(**changes):
 
 
 def start(*command, cwd=ROOT, env=None):
-    "Start a command in a process group of its own, which can be interrupted even where this one ignores it (as under nohup)."
-    return subprocess.Popen([str(word) for word in command], cwd=cwd, env=env or environment(), stdin=subprocess.DEVNULL, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    "Start a command in a process group of its own; an interrupt reaches it even where this one ignores it (nohup)."
+    return subprocess.Popen(
+        [str(word) for word in command],
+        cwd=cwd,
+        env=env or environment(),
+        stdin=subprocess.DEVNULL,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def finish(process, timeout=DEADLINE):
@@ -73,7 +88,16 @@ def read_batch(folder):
 def stub_train(settings, seeds):
     "A trainer that trains nothing."
     yield Ready("cpu", "fp32", 1, 0.1, {})
-    for seed in seeds: yield Result(seed, "completed", 1 + seed / 100, dict(accuracy=0.9, accuracy_plain=0.9, train_loss=1.0), {}, [1.0, seed], None)
+    for seed in seeds:
+        yield Result(
+            seed,
+            "completed",
+            1 + seed / 100,
+            dict(accuracy=0.9, accuracy_plain=0.9, train_loss=1.0),
+            {},
+            [1.0, seed],
+            None,
+        )
 
 
 def copy_project(folder):
@@ -96,7 +120,8 @@ def no_warnings():
 @pytest.fixture
 def clean_environment(monkeypatch, tmp_path):
     "No data, no settings of this user; the cache folder is empty."
-    for name in ("IN_TEST", "SPEEDRUN_DATA", "SPEEDRUN_PROFILE", "SPEEDRUN_OUTPUTS"): monkeypatch.delenv(name, raising=False)
+    for name in ("IN_TEST", "SPEEDRUN_DATA", "SPEEDRUN_PROFILE", "SPEEDRUN_OUTPUTS"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("pooch.os_cache", lambda name: tmp_path / "cache" / name)
     monkeypatch.chdir(ROOT)
 

@@ -1,13 +1,14 @@
 """Kill the processes of small sweeps at random moments, and see that nothing is lost and nothing is run twice.
 
-A round starts a sweep in a folder of its own, kills its driver, its worker or its notebook kernel (or two of them) once or several times, and runs the
-sweep again to its end, in some rounds from two drivers at once. In some the kernel is stopped before, and wakes up when all is over. Then every planned cell has exactly one completed record, every line that was on the disk
-when something was killed is there unchanged, no claim and no device is held, and no process is left.
+A round starts a sweep in a folder of its own, kills its driver, its worker or its notebook kernel (or two of them)
+once or several times, and runs the sweep again to its end, in some rounds from two drivers at once. In some the kernel
+is stopped before, and wakes up when all is over. Then every planned cell has exactly one completed record, every line
+that was on the disk when something was killed is there unchanged, no lease and no device is held, and no process is
+left.
 
     python tests/faults.py --rounds 50
 """
 import argparse
-import fcntl
 import json
 import os
 import random
@@ -23,26 +24,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+from filelock import FileLock, Timeout
 
 from speedrun_nb.sweep.file import read_sweep
-from speedrun_nb.sweep.plan import plan
+from speedrun_nb.sweep.plan import plan_batches
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = '{"data.train_images": [200], "whitening.images": [100], "train.batch_size": [100], "train.epochs": [2], "model.widths": [[8, 8, 8]]}'
+TINY = ('{"data.train_images": [200], "whitening.images": [100], "train.batch_size": [100], "train.epochs": [2], '
+        '"model.widths": [[8, 8, 8]]}')
 STUB = """
 import os, signal, time
 from speedrun_nb.core.batch import notebook_parameters, plan_batch, run_batch
 from speedrun_nb.core.records import Ready, Result
-_plan = plan_batch("cifar", **notebook_parameters({name: value for name, value in globals().items() if name not in ("os", "signal", "time")}))
+_given = {name: value for name, value in globals().items() if name not in ("os", "signal", "time")}
+_plan = plan_batch("cifar", **notebook_parameters(_given))
 def _train(settings, seeds):
     yield Ready("cpu", "fp32", 1, 0.1, {})
     for seed in seeds:
         time.sleep(SECONDS)
-        yield Result(seed, "completed", 1 + seed / 100, dict(accuracy=0.9, accuracy_plain=0.9, train_loss=1.0), {}, [1.0, seed], None)
+        metrics = dict(accuracy=0.9, accuracy_plain=0.9, train_loss=1.0)
+        yield Result(seed, "completed", 1 + seed / 100, metrics, {}, [1.0, seed], None)
 """
 TARGETS = [("driver",), ("kernel",), ("worker",), ("driver", "worker"), ("worker", "kernel"), ("driver", "kernel")]
 FROZEN = [("worker",), ("driver", "worker")]  # killed while the kernel is stopped, so that it does not notice
-MOMENTS = ("time", "claim", "folder", "kernel", "provenance", "record", "record")  # a random time after the start; or what appears, and a random delay
+# a random time after the start; or what appears, and a random delay
+MOMENTS = ("time", "lease", "folder", "kernel", "provenance", "record", "record")
 DEADLINE = 420  # seconds for a sweep of at most four batches, on a machine that may be busy
 
 
@@ -50,39 +56,49 @@ DEADLINE = 420  # seconds for a sweep of at most four batches, on a machine that
 
 def write_sweep(folder, seeds="0:2", variants=("baseline", "det_crop"), settings=TINY, **more):
     "A sweep file of runs that take less than a second."
-    lines = ["study: cifar", "profile: demo", "variants:", *(f"  - {name}: {settings}" for name in variants), f'seeds: "{seeds}"', *(f"{key}: {value}" for key, value in ({"seeds_per_batch": 2} | more).items())]
+    lines = ["study: cifar", "profile: demo", f'seeds: "{seeds}"', "variants:"]
+    lines += [f"  - {name}: {settings}" for name in variants]
+    lines += [f"{key}: {value}" for key, value in ({"seeds_per_batch": 2} | more).items()]
     path = Path(folder) / "small.yaml"
     path.write_text("\n".join(lines) + "\n")
     return path
 
 
 def stub_project(folder, seconds=0.3, before="", after=""):
-    "A project whose notebook trains nothing, so that a batch takes a second; `before` and `after` are lines of Python around the batch."
+    """A project whose notebook trains nothing, so that a batch takes a second; `before` and `after` are lines of Python
+    around the batch."""
     folder.mkdir(parents=True)
     shutil.copytree(ROOT / "params", folder / "params")
     shutil.copy(ROOT / "settings.ini", folder)
     notebook = json.loads((ROOT / "nbs/run_cifar.ipynb").read_text())
-    notebook["cells"] = [cell for cell in notebook["cells"] if "parameters" in cell["metadata"].get("tags", [])]
+    cells = [cell for cell in notebook["cells"] if "parameters" in cell["metadata"].get("tags", [])]
     for lines in (STUB.replace("SECONDS", str(seconds)), before, "_batch = run_batch(_plan, _train)", after):
-        notebook["cells"].append(dict(cell_type="code", id=f"stub-{len(notebook['cells'])}", metadata={}, source=lines, outputs=[], execution_count=None))
+        cells.append(dict(cell_type="code", id=f"stub-{len(cells)}", metadata={}, source=lines, outputs=[],
+                          execution_count=None))
+    notebook["cells"] = cells
     (folder / "nbs").mkdir()
     (folder / "nbs/run_cifar.ipynb").write_text(json.dumps(notebook))
     return folder
 
 
 def environment(folder):
-    "For the processes of a round: one thread; TMPDIR marks them all, and holds the locks of devices."
-    kept = {name: value for name, value in os.environ.items() if name not in ("IN_TEST", "SPEEDRUN_DATA", "SPEEDRUN_PROFILE", "SPEEDRUN_OUTPUTS")}
+    "For the processes of a round: one thread; TMPDIR marks them all, and XDG_RUNTIME_DIR holds the locks on devices."
+    steering = ("IN_TEST", "SPEEDRUN_DATA", "SPEEDRUN_PROFILE", "SPEEDRUN_OUTPUTS")
+    kept = {name: value for name, value in os.environ.items() if name not in steering}
     folder.mkdir(parents=True, exist_ok=True)
-    return kept | dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", TMPDIR=str(folder), JUPYTER_RUNTIME_DIR=str(folder / "jupyter"))
+    own = dict(TMPDIR=str(folder), XDG_RUNTIME_DIR=str(folder), JUPYTER_RUNTIME_DIR=str(folder / "jupyter"))
+    return kept | own | dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
 
 
 def start_sweep(file, outputs, mark, project=ROOT):
-    "A driver as a user starts it, in a session of its own. `mark` is the folder for temporary files: drivers with the same one share the device."
+    """A driver as a user starts it, in a session of its own. `mark` is the folder for temporary files and locks:
+    drivers with the same one share the device."""
     env = environment(Path(mark))
+    command = [Path(sys.executable).with_name("speedrun"), "sweep", str(file), "--outputs", str(outputs)]
     with open(Path(mark).with_suffix(".log"), "ab") as log:
-        return subprocess.Popen([Path(sys.executable).with_name("speedrun"), "sweep", str(file), "--outputs", str(outputs)], cwd=project, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                                start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+        return subprocess.Popen(command, cwd=project, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                                start_new_session=True,
+                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 # what there is
@@ -92,18 +108,23 @@ def processes(folder):
     found = {}
     for process in psutil.process_iter():
         with suppress(psutil.Error):
-            if process.environ().get("TMPDIR", "").startswith(str(folder)) and process.status() != psutil.STATUS_ZOMBIE: found[process] = _role(process)
+            ours = process.environ().get("TMPDIR", "").startswith(str(folder))
+            if ours and process.status() != psutil.STATUS_ZOMBIE: found[process] = _role(process)
     return found
+
+
+ROLES = {"worker": "speedrun_nb.sweep.worker", "kernel": "ipykernel_launcher", "driver": "speedrun sweep"}
 
 
 def _role(process):
     words = " ".join(process.cmdline())
-    return next((role for role, word in (("worker", "speedrun_nb.sweep.worker"), ("kernel", "ipykernel_launcher"), ("driver", "speedrun sweep")) if word in words), "other")
+    return next((role for role, word in ROLES.items() if word in words), "other")
 
 
 def snapshot(outputs):
     "What is on the disk: the whole lines of every runs.jsonl."
-    return {path: (data := path.read_bytes())[:data.rfind(b"\n") + 1] for path in Path(outputs).glob("*/*/*/*/runs.jsonl")}
+    found = {path: path.read_bytes() for path in Path(outputs).glob("*/*/*/*/runs.jsonl")}
+    return {path: data[:data.rfind(b"\n") + 1] for path, data in found.items()}
 
 
 def records(outputs):
@@ -115,18 +136,20 @@ def records(outputs):
     return found
 
 
-def completed(outputs): return Counter(record["run_id"] for record in records(outputs) if record["status"] == "completed")
+def completed(outputs):
+    return Counter(record["run_id"] for record in records(outputs) if record["status"] == "completed")
 
 
-def claims(outputs): return sorted(path.name for path in Path(outputs).glob("sweeps/claims/*/*"))
+def leases(outputs): return sorted(path.name for path in Path(outputs).glob("sweeps/claims/*/*"))
 
 
 def is_held(mark):
     "Is a device of these drivers held by anyone?"
-    for path in Path(mark).glob("speedrun_nb-*/*.lock"):
-        with open(path) as file:
-            try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError: return True
+    for path in Path(mark).glob("speedrun_nb/*.lock"):
+        lock = FileLock(path)
+        try: lock.acquire(blocking=False)
+        except Timeout: return True
+        lock.release()
     return False
 
 
@@ -165,40 +188,54 @@ class Round:
         self.folder.mkdir(parents=True)
         self.project = stub_project(self.folder / "project") if self.stub else ROOT
         self.outputs, self.file = self.folder / "outputs", write_sweep(self.folder, self.seeds, self.variants)
-        self.cells = {cell for batch in plan(read_sweep(self.file)) for cell in batch.cells}
+        self.cells = {cell for batch in plan_batches(read_sweep(self.file)) for cell in batch.cells}
 
     def start(self, *names):
         "Start the drivers that do not run."
         for name in names:
-            if name not in self.alive: self.drivers[name] = start_sweep(self.file, self.outputs, self.folder / name.split("-")[0], self.project)
+            mark = self.folder / name.split("-")[0]
+            if name not in self.alive: self.drivers[name] = start_sweep(self.file, self.outputs, mark, self.project)
 
     @property
     def alive(self): return [name for name, process in self.drivers.items() if process.poll() is None]
 
     def look(self, kind):
-        "How many claims, folders of batches, notebooks' kernels, provenance files or records there have ever been."
+        "How many leases, folders of batches, notebooks' kernels, provenance files or records there have ever been."
         if kind == "record": return sum(data.count(b"\n") for data in snapshot(self.outputs).values())
-        patterns = dict(claim="sweeps/claims/*/*", folder="cifar/*/*/*", provenance="cifar/*/*/*/provenance.json")
-        now = self.outputs.glob(patterns[kind]) if kind in patterns else [process.pid for process, role in processes(self.folder).items() if role == kind]
+        patterns = dict(lease="sweeps/claims/*/*", folder="cifar/*/*/*", provenance="cifar/*/*/*/provenance.json")
+        if kind in patterns: now = self.outputs.glob(patterns[kind])
+        else: now = [process.pid for process, role in processes(self.folder).items() if role == kind]
         self.things[kind] = self.things.get(kind, set()) | set(now)
         return len(self.things[kind])
 
     def strike(self):
         "Kill something at a random moment."
-        moment, delay, many, frozen = self.rng.choice(MOMENTS), self.rng.random(), self.rng.choice((1, 1, 2)), self.rng.random() < 0.1
+        moment, delay, many = self.rng.choice(MOMENTS), self.rng.random(), self.rng.choice((1, 1, 2))
+        frozen = self.rng.random() < 0.1
         targets = self.rng.choice(FROZEN if frozen else TARGETS)
-        if moment == "time": wait_for(lambda: not self.alive, delay * (5 if self.stub else 15))
-        else:
-            many += self.look(moment)
-            wait_for(lambda: not self.alive or self.look(moment) >= many, every=0.02 if moment == "kernel" else 0.002)
-            time.sleep(delay * self.rng.choice((0, 0.05, 0.5)))
-        roles = (*targets, *["kernel"] * frozen)
+        when = self.wait_for_moment(moment, delay, many)
+        roles = (*targets, "kernel") if frozen else targets
         wait_for(lambda: not self.alive or self.victims(roles), 1, 0.02)  # a worker or a kernel may only just begin
         victims = self.rng.choice(self.victims(roles) or [{}])
-        for process in sorted(victims, key=lambda process: -roles.index(victims[process]) if frozen else roles.index(victims[process])):
-            with suppress(psutil.Error): process.suspend() if frozen and victims[process] == "kernel" else process.kill()
+        order = sorted(victims, key=lambda process: roles.index(victims[process]), reverse=frozen)
+        for process in order:
+            with suppress(psutil.Error):
+                if frozen and victims[process] == "kernel": process.suspend()
+                else: process.kill()
         self.compare()
-        self.said.append(f"{f'{delay:.2f} of the time' if moment == 'time' else f'at {moment} {many}'}: killed {'+'.join(sorted(set(targets) & set(victims.values()))) or 'nothing'}{' of a stopped kernel' if frozen and victims else ''}, {sum(completed(self.outputs).values())} runs on disk")
+        killed = "+".join(sorted(set(targets) & set(victims.values()))) or "nothing"
+        if frozen and victims: killed += " of a stopped kernel"
+        self.said.append(f"{when}: killed {killed}, {sum(completed(self.outputs).values())} runs on disk")
+
+    def wait_for_moment(self, moment, delay, many):
+        "Wait for a random time, or until something appears and a random delay after it: the moment in words."
+        if moment == "time":
+            wait_for(lambda: not self.alive, delay * (5 if self.stub else 15))
+            return f"{delay:.2f} of the time"
+        many += self.look(moment)
+        wait_for(lambda: not self.alive or self.look(moment) >= many, every=0.02 if moment == "kernel" else 0.002)
+        time.sleep(delay * self.rng.choice((0, 0.05, 0.5)))
+        return f"at {moment} {many}"
 
     def victims(self, targets):
         "What is to be killed, by role, for each driver that has all of it."
@@ -209,13 +246,15 @@ class Round:
         "A driver, and what it has started."
         with suppress(psutil.Error):
             root = psutil.Process(self.drivers[name].pid)
-            return {process: role for process, role in processes(self.folder).items() if process in (root, *root.children(recursive=True))}
+            family = (root, *root.children(recursive=True))
+            return {process: role for process, role in processes(self.folder).items() if process in family}
         return {}
 
     def compare(self):
         "Whatever was on the disk before is still there."
         now = snapshot(self.outputs)
-        self.wrong += [f"{path} lost lines" for path, data in self.seen.items() if not now.get(path, b"").startswith(data)]
+        lost = [path for path, data in self.seen.items() if not now.get(path, b"").startswith(data)]
+        self.wrong += [f"{path} lost lines" for path in lost]
         self.seen = now
 
     def finish(self):
@@ -226,23 +265,28 @@ class Round:
         codes, self.drivers = [process.wait() for process in self.drivers.values()], {}
         return codes
 
-    def log(self): return " | ".join(path.read_text(errors="replace")[-400:].replace("\n", " / ") for path in sorted(self.folder.glob("*.log")))
+    def log(self):
+        texts = [path.read_text(errors="replace")[-400:] for path in sorted(self.folder.glob("*.log"))]
+        return " | ".join(text.replace("\n", " / ") for text in texts)
 
     def check(self):
         "What has to hold when the resumed sweep has ended."
         for process in processes(self.folder):
             with suppress(psutil.Error): process.resume()
-        if not wait_for(lambda: not processes(self.folder), 10, 0.1): self.wrong.append(f"processes that are left: {[(process.pid, role) for process, role in processes(self.folder).items()]}")
+        if not wait_for(lambda: not processes(self.folder), 10, 0.1):
+            left = [(process.pid, role) for process, role in processes(self.folder).items()]
+            self.wrong.append(f"processes that are left: {left}")
         done = completed(self.outputs)
         self.compare()
         self.wrong += [f"cell {cell} has {done[cell]} completed records" for cell in self.cells if done[cell] != 1]
         if extra := done.keys() - self.cells: self.wrong.append(f"cells that were not planned: {extra}")
-        if left := claims(self.outputs): self.wrong.append(f"claims that nobody holds: {left}")
+        if left := leases(self.outputs): self.wrong.append(f"leases that nobody holds: {left}")
         if any(is_held(mark) for mark in self.folder.glob("driver?")): self.wrong.append("a device is held")
 
     def run(self):
         "Strike, resume, check."
-        names = self.rng.choice((["driver0"],) * 6 + (["driver0", "driver1"], ["driver0", "driver0-again"]))  # two drivers: a device for each, as on two machines; or one for both
+        # two drivers have a device each, as on two machines; or one for both
+        names = self.rng.choice((["driver0"],) * 6 + (["driver0", "driver1"], ["driver0", "driver0-again"]))
         for _ in range(self.rng.choice(self.strikes)):
             if completed(self.outputs).keys() >= self.cells: break
             self.start(*names)
@@ -251,7 +295,8 @@ class Round:
         self.start(*names)
         if any(codes := self.finish()): self.wrong.append(f"exit codes {codes}: {self.log()}")
         self.check()
-        self.said.append("resumed" + (f" by two with {'one device' if '-' in names[1] else 'a device each'}" if len(names) > 1 else ""))
+        devices = "one device" if "-" in names[-1] else "a device each"
+        self.said.append(f"resumed by two with {devices}" if len(names) > 1 else "resumed")
 
 
 def run_rounds(count, seed, folder, sizes=("0:2", "0:2", "0:4"), say=print, **options):
@@ -262,19 +307,25 @@ def run_rounds(count, seed, folder, sizes=("0:2", "0:2", "0:4"), say=print, **op
         one = Round(Path(folder) / f"round{number}", rng, rng.choice(sizes), **options)
         try: one.run()
         finally: kill_all(one.folder)
-        statuses, seconds = Counter(record["status"] for record in records(one.outputs)), time.monotonic() - began
-        results.append(dict(round=number, said=one.said, cells=len(one.cells), records=dict(statuses), violations=one.wrong, seconds=round(seconds, 1)))
-        say(f"round {number}: {'; '.join(one.said)}; {len(one.cells)} cells, records {dict(statuses)}; {'; '.join(one.wrong) or 'all well'}; {seconds:.0f} s")
+        statuses = dict(Counter(record["status"] for record in records(one.outputs)))
+        seconds, cells = time.monotonic() - began, len(one.cells)
+        results.append(dict(round=number, said=one.said, cells=cells, records=statuses, violations=one.wrong,
+                            seconds=round(seconds, 1)))
+        done = f"{'; '.join(one.said)}; {cells} cells, records {statuses}"
+        say(f"round {number}: {done}; {'; '.join(one.wrong) or 'all well'}; {seconds:.0f} s")
         if not one.wrong: shutil.rmtree(one.folder)
     return results
 
 
 def summary(results, seed):
     "All rounds in figures."
-    killed = Counter(said.partition("killed ")[2].partition(",")[0] for result in results for said in result["said"] if "killed" in said)
+    said = [line for result in results for line in result["said"] if "killed" in line]
+    killed = Counter(line.partition("killed ")[2].partition(",")[0] for line in said)
     total = {name: sum(result["records"].get(name, 0) for result in results) for name in ("completed", "failed")}
-    return dict(rounds=len(results), seed=seed, killed=dict(killed.most_common()), cells=sum(result["cells"] for result in results), records=total,
-                violations=[dict(round=result["round"], violations=result["violations"]) for result in results if result["violations"]], seconds=round(sum(result["seconds"] for result in results)))
+    violations = [{key: result[key] for key in ("round", "violations")} for result in results if result["violations"]]
+    return dict(rounds=len(results), seed=seed, killed=dict(killed.most_common()), records=total, violations=violations,
+                cells=sum(result["cells"] for result in results),
+                seconds=round(sum(result["seconds"] for result in results)))
 
 
 def main(arguments=None):
@@ -282,12 +333,14 @@ def main(arguments=None):
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--seed", type=int, help="of the kills; a random one by default, which is printed")
     parser.add_argument("--stub", action="store_true", help="batches that train nothing: many rounds in little time")
-    parser.add_argument("--keep", type=Path, help="folder for the rounds; those that went well are removed from it. A temporary one by default")
+    parser.add_argument("--keep", type=Path,
+                        help="folder for the rounds; those that went well are removed. A temporary one by default")
     given = parser.parse_args(arguments)
     seed = random.SystemRandom().randrange(10**6) if given.seed is None else given.seed
     folder = given.keep or Path(tempfile.mkdtemp(prefix="speedrun-faults-"))
     print(f"seed {seed}, folders below {folder}", flush=True)
-    found = summary(run_rounds(given.rounds, seed, folder, say=lambda line: print(line, flush=True), stub=given.stub), seed)
+    def say(line): print(line, flush=True)
+    found = summary(run_rounds(given.rounds, seed, folder, say=say, stub=given.stub), seed)
     print(json.dumps(found, indent=1))
     if not found["violations"]: shutil.rmtree(folder)
     return bool(found["violations"])

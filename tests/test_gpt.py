@@ -13,7 +13,8 @@ import papermill
 import pytest
 import torch
 
-from speedrun_nb.core.batch import plan_batch, run_batch
+from speedrun_nb.core.batch import run_batch
+from speedrun_nb.core.parameters import plan_batch
 from speedrun_nb.core.errors import SpeedrunError
 from speedrun_nb.core.provenance import read_provenance
 from speedrun_nb.core.records import Result, fingerprint, read_records

@@ -27,9 +27,9 @@ from speedrun_nb.report import planned, tables
 from speedrun_nb.report.study import load_report
 from speedrun_nb.sweep.drive import Drive
 from speedrun_nb.sweep.file import read_sweep
-from speedrun_nb.sweep.local import Slot
-from speedrun_nb.sweep.notebook import prepare
+from speedrun_nb.sweep.notebook import plan_from_parameters
 from speedrun_nb.sweep.plan import as_frozen
+from speedrun_nb.sweep.slots import Slot
 
 CIFAR = load_study("cifar")
 
@@ -47,7 +47,7 @@ def train(settings, seeds):
 def run(outputs, variant, seeds, **more):
     "A batch, by hand unless a plan is named."
     parameters = dict(variant=variant, seeds=seeds, profile="demo", outputs=str(outputs)) | more
-    return run_batch(prepare("cifar", parameters), train)
+    return run_batch(plan_from_parameters("cifar", parameters), train)
 
 
 class Engine:
@@ -58,7 +58,7 @@ class Engine:
     def close(self): pass
 
     def wait(self, seconds):
-        for job in self.jobs.values(): run_batch(prepare(job["study"], job["parameters"]), train)
+        for job in self.jobs.values(): run_batch(plan_from_parameters(job["study"], job["parameters"]), train)
         done, self.jobs = list(self.jobs), {}
         return [(slot, None, False) for slot in done]
 

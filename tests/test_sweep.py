@@ -1,9 +1,11 @@
-"Sweeps under faults: whatever dies, hangs, fills up or is interrupted, nothing that was recorded is lost, nothing is run twice, and the rest goes on."
+"""Sweeps under faults: whatever dies, hangs, fills up or is interrupted, nothing that was recorded is lost,
+nothing is run twice, and the rest goes on."""
 import datetime
 import errno
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -16,10 +18,10 @@ import faults
 import pytest
 from conftest import ROOT, call, read_batch, stub_train
 from faults import (
-    claims,
     completed,
     is_held,
     kill_all,
+    leases,
     processes,
     records,
     start_sweep,
@@ -30,16 +32,19 @@ from faults import (
 
 from speedrun_nb.core import provenance
 from speedrun_nb.core import records as record_files
-from speedrun_nb.core.batch import plan_batch, record_failure, run_batch
+from speedrun_nb.core.batch import record_failure, run_batch
+from speedrun_nb.core.parameters import plan_batch
 from speedrun_nb.core.errors import SpeedrunError
-from speedrun_nb.core.provenance import give_up, process_started, read_provenance, this_process
+from speedrun_nb.core.machine import process_started, this_process
+from speedrun_nb.core.provenance import give_up, read_provenance
 from speedrun_nb.core.records import Ready, read_records
 from speedrun_nb.sweep.drive import Drive
 from speedrun_nb.sweep.file import read_sweep
-from speedrun_nb.sweep.leases import Claims
-from speedrun_nb.sweep.local import LocalEngine, Slot
-from speedrun_nb.sweep.notebook import prepare
-from speedrun_nb.sweep.plan import plan
+from speedrun_nb.sweep.leases import Leases
+from speedrun_nb.sweep.local import LocalEngine
+from speedrun_nb.sweep.notebook import plan_from_parameters
+from speedrun_nb.sweep.plan import plan_batches
+from speedrun_nb.sweep.slots import Slot
 
 SEED = 696  # of the three rounds: a worker, one of two drivers, and a kernel are killed
 DEAD = dict(pid=2**22 + 1, pid_started=1)  # no process has this number
@@ -47,7 +52,8 @@ DEAD = dict(pid=2**22 + 1, pid_started=1)  # no process has this number
 
 class InProcess:
     "An engine that runs batches in this process, while the sweep waits."
-    def __init__(self, train=stub_train, name="here"): self.train, self.slots, self.jobs, self.asked = train, [Slot(name, name)], {}, []
+    def __init__(self, train=stub_train, name="here"):
+        self.train, self.slots, self.jobs, self.asked = train, [Slot(name, name)], {}, []
 
     def free(self): return [slot for slot in self.slots if slot not in self.jobs]
 
@@ -60,7 +66,7 @@ class InProcess:
         return [(slot, self._run(self.jobs.pop(slot)), False) for slot in list(self.jobs)]
 
     def _run(self, job):
-        try: run_batch(prepare(job["study"], job["parameters"]), self.train)
+        try: run_batch(plan_from_parameters(job["study"], job["parameters"]), self.train)
         except SpeedrunError as error: return str(error)
 
     def close(self): pass
@@ -68,14 +74,15 @@ class InProcess:
 
 def drive(file, outputs, engine=None):
     "A sweep in this process, run to its end."
-    lines = []
-    found = Drive(read_sweep(file), outputs, engine or InProcess(), show=lambda drive, line: line and lines.append(line))
+    found = Drive(read_sweep(file), outputs, engine or InProcess())
     found.run()
-    found.lines = lines
     return found
 
 
-def cells_of(file): return {cell for batch in plan(read_sweep(file)) for cell in batch.cells}
+def cells_of(file): return {cell for batch in plan_batches(read_sweep(file)) for cell in batch.cells}
+
+
+def each_once(file): return dict.fromkeys(cells_of(file), 1)
 
 
 @pytest.fixture
@@ -95,17 +102,19 @@ def swept(tmp_path):
         project = tmp_path / "project"
         if not project.exists(): stub_project(project, seconds, before)
         file, log = write_sweep(tmp_path, seeds, variants, **more), tmp_path / "driver.log"
+        outputs = tmp_path / "outputs"
         log.write_text("")
-        return SimpleNamespace(process=start_sweep(file, tmp_path / "outputs", tmp_path / "driver", project), file=file, outputs=tmp_path / "outputs", log=log)
+        process = start_sweep(file, outputs, tmp_path / "driver", project)
+        return SimpleNamespace(process=process, file=file, outputs=outputs, log=log)
     yield start
     kill_all(tmp_path)
 
 
 def ended(sweep, seconds=120):
-    "The exit code of a sweep, which leaves no process, no claim and no device held."
+    "The exit code of a sweep, which leaves no process, no lease and no device held."
     code = sweep.process.wait(seconds)
     assert wait_for(lambda: not processes(sweep.log.parent), 10, 0.1), "processes are left"
-    assert not claims(sweep.outputs) and not is_held(sweep.log.parent / "driver")
+    assert not leases(sweep.outputs) and not is_held(sweep.log.parent / "driver")
     return code
 
 
@@ -131,9 +140,10 @@ def test_a_round_notices_what_it_is_to_notice(tmp_path):
     path, = one.outputs.glob("*/*/*/*/runs.jsonl")
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join([*lines, lines[0]]))                       # a cell twice
-    (one.outputs / "sweeps/claims/cifar/cell.0").write_text("{}")      # a claim is left
+    (one.outputs / "sweeps/claims/cifar/cell.0").write_text("{}")      # a lease is left
     one.check()
-    assert [words[:21] for words in one.wrong] == [f"cell {json.loads(lines[0])['run_id']}", "claims that nobody ho"] and "has 2 completed" in one.wrong[0]
+    twice, left = one.wrong
+    assert f"cell {json.loads(lines[0])['run_id']} has 2 completed" in twice and "leases that nobody holds" in left
     path.write_text(lines[0])                                          # a record is lost
     one.check()
     assert one.wrong[2].endswith("lost lines") and "has 0 completed" in one.wrong[3]
@@ -142,23 +152,31 @@ def test_a_round_notices_what_it_is_to_notice(tmp_path):
 # what a notebook does
 
 def test_a_notebook_that_raises_and_a_kernel_that_dies(swept):
-    before = 'if variant == "det_crop": raise RuntimeError("no such thing")\nif variant == "det_crop_backoff": os.kill(os.getpid(), signal.SIGKILL)'
-    sweep = swept("0:1", ("det_crop", "det_crop_backoff", "baseline"), settings='{"train.epochs": [4]}', before=before, retries=0)
+    before = ('if variant == "det_crop": raise RuntimeError("no such thing")\n'
+              'if variant == "det_crop_backoff": os.kill(os.getpid(), signal.SIGKILL)')
+    variants = ("det_crop", "det_crop_backoff", "baseline")
+    sweep = swept("0:1", variants, settings='{"train.epochs": [4]}', before=before, retries=0)
     assert ended(sweep) == 1
     said, found = sweep.log.read_text(), {record["variant"]: record for record in records(sweep.outputs)}
-    assert {name: record["status"] for name, record in found.items()} == dict(det_crop="failed", det_crop_backoff="failed", baseline="completed")
-    assert "RuntimeError: no such thing" in found["det_crop"]["error"] and "the kernel died" in found["det_crop_backoff"]["error"]
-    assert "2 run(s) failed" in said and "no such thing" in said and "the kernel died" in said
+    assert [found[name]["status"] for name in variants] == ["failed", "failed", "completed"] and len(found) == 3
+    assert "RuntimeError: no such thing" in found["det_crop"]["error"]
+    assert "the kernel died" in found["det_crop_backoff"]["error"]
+    assert re.search(r"2 run.* failed", said) and "no such thing" in said and "the kernel died" in said
 
 
 def test_a_kernel_that_hangs(swept):
-    before = 'def _train(settings, seeds):\n    yield Ready("cpu", "fp32", 1, 0.1, {})\n    os.kill(os.getpid(), signal.SIGSTOP)'
+    before = ('def _train(settings, seeds):\n'
+              '    yield Ready("cpu", "fp32", 1, 0.1, {})\n'
+              '    os.kill(os.getpid(), signal.SIGSTOP)')
     sweep = swept("0:1", before=before, retries=0, hours_per_batch=0.0015)
     assert ended(sweep) == 1
-    found = records(sweep.outputs)
-    assert sorted((record["variant"], record["seed"], record["status"]) for record in found) == [("baseline", 0, "failed"), ("det_crop", 0, "failed")]
-    assert all("the batch was ended after 0.0015 h (hours_per_batch)" in record["error"] for record in found) and "hours_per_batch" in sweep.log.read_text()
-    assert {read_provenance(path.parent)["status"] for path in sweep.outputs.glob("*/*/*/*/runs.jsonl")} == {"failed"}
+    found = sorted(records(sweep.outputs), key=lambda record: record["variant"])
+    assert [record["variant"] for record in found] == ["baseline", "det_crop"]
+    assert {(record["seed"], record["status"]) for record in found} == {(0, "failed")}
+    assert all("ended after 0.0015 h (hours_per_batch)" in record["error"] for record in found)
+    assert "hours_per_batch" in sweep.log.read_text()
+    folders = [path.parent for path in sweep.outputs.glob("*/*/*/*/runs.jsonl")]
+    assert {read_provenance(folder)["status"] for folder in folders} == {"failed"}
     assert drive(sweep.file, sweep.outputs).cells.done.keys() == cells_of(sweep.file)
 
 
@@ -171,7 +189,7 @@ def test_interrupted_once_and_twice(swept):
     first.process.send_signal(signal.SIGINT)
     assert ended(first) == 130
     done = completed(first.outputs)
-    assert 1 <= len(done) < 6 and len(records(first.outputs)) == len(done)  # the run in hand was finished, and no other begun
+    assert 1 <= len(done) < 6 and len(records(first.outputs)) == len(done)  # the run in hand was finished, none began
     second = swept(**options)
     assert wait_for(lambda: len(completed(second.outputs)) > len(done), 60)
     before = len(completed(second.outputs))
@@ -182,7 +200,7 @@ def test_interrupted_once_and_twice(swept):
     assert ended(second) == 130 and time.monotonic() - began < 10
     kept = completed(second.outputs)
     assert before <= len(kept) <= before + 1 and kept.keys() > done.keys() and len(kept) < 6
-    assert not drive(first.file, first.outputs).failed and completed(first.outputs) == dict.fromkeys(cells_of(first.file), 1)
+    assert not drive(first.file, first.outputs).failed and completed(first.outputs) == each_once(first.file)
 
 
 # sharing
@@ -201,7 +219,7 @@ def test_sweeps_on_one_folder_share_the_work(file, tmp_path, outputs, count):
     drives = [threading.Thread(target=drive, args=(file, outputs, engine)) for engine in engines]
     for each in drives: each.start()
     for each in drives: each.join()
-    assert completed(outputs) == dict.fromkeys(cells_of(file), 1) and not claims(outputs)
+    assert completed(outputs) == each_once(file) and not leases(outputs)
     assert all(engine.asked for engine in engines) and sum(len(engine.asked) for engine in engines) == 12
 
 
@@ -210,7 +228,10 @@ def test_sweeps_on_one_folder_share_the_work(file, tmp_path, outputs, count):
 def given_up(plan): give_up(plan.folder, "its sweep died; another took over")
 
 
-@pytest.mark.parametrize("moment, kept", [("before it began", 0), ("before it was ready", 0), ("before a run ended", 0), ("after a run", 1)])
+MOMENTS = [("before it began", 0), ("before it was ready", 0), ("before a run ended", 0), ("after a run", 1)]
+
+
+@pytest.mark.parametrize("moment, kept", MOMENTS)
 def test_a_batch_that_was_given_up_records_nothing_more(clean_environment, outputs, moment, kept):
     plan = plan_batch("cifar", seeds=2, profile="demo", outputs=outputs)
 
@@ -221,26 +242,33 @@ def test_a_batch_that_was_given_up_records_nothing_more(clean_environment, outpu
             if (moment, number) in (("before a run ended", 0), ("after a run", 1)): given_up(plan)
             yield event
 
-    if moment == "before it began": given_up(plan)
-    with pytest.raises(SpeedrunError, match="holds a batch already" if moment == "before it began" else "another took over"): run_batch(plan, train)
+    began = moment != "before it began"
+    if not began: given_up(plan)
+    with pytest.raises(SpeedrunError, match="another took over" if began else "holds a batch already"):
+        run_batch(plan, train)
     found, known = read_batch(plan.folder)
     assert len(found) == kept and known["status"] in ("failed", "interrupted") and "another took over" in known["error"]
 
 
+SLEEPER = "import subprocess, time; subprocess.Popen(['sleep', '60']); print('ready', flush=True); time.sleep(60)"
+
+
 def test_a_stopped_notebook_of_a_dead_sweep_is_ended(clean_environment, outputs):
-    sleeper = subprocess.Popen([sys.executable, "-c", "import subprocess, time; subprocess.Popen(['sleep', '60']); print('ready', flush=True); time.sleep(60)"], stdout=subprocess.PIPE, start_new_session=True)
+    sleeper = subprocess.Popen([sys.executable, "-c", SLEEPER], stdout=subprocess.PIPE, start_new_session=True)
     try:
         assert sleeper.stdout.readline()
         sleeper.send_signal(signal.SIGSTOP)
         folder = outputs / "cifar/demo/baseline/old"
         folder.mkdir(parents=True)
-        record_files.write_json(folder / "provenance.json", this_process() | dict(status="running", pid=sleeper.pid, pid_started=process_started(sleeper.pid)))
-        ours = Claims(outputs, "cifar", patience=0.4)
+        process = this_process() | dict(pid=sleeper.pid, pid_started=process_started(sleeper.pid))
+        record_files.write_json(folder / "provenance.json", process | dict(status="running"))
+        ours = Leases(outputs, "cifar", patience=0.4)
         assert ours.take(["a"], "cifar/demo/baseline/1") == {"a"}
-        path = ours.current()["a"]
+        path = ours.all.current()["a"]
         path.write_text(json.dumps(this_process() | DEAD | dict(batch="cifar/demo/baseline/old")))
-        other = Claims(outputs, "cifar", patience=0.4)
-        assert other.take(["a"], "cifar/demo/baseline/2") == set() and sleeper.poll() is None  # it might still wake up
+        other = Leases(outputs, "cifar", patience=0.4)
+        assert other.take(["a"], "cifar/demo/baseline/2") == set()
+        assert sleeper.poll() is None  # it might still wake up
         time.sleep(0.5)
         assert other.take(["a"], "cifar/demo/baseline/2") == {"a"}
         assert process_started(sleeper.pid) is None and read_provenance(folder)["status"] == "interrupted"
@@ -250,14 +278,13 @@ def test_a_stopped_notebook_of_a_dead_sweep_is_ended(clean_environment, outputs)
         with suppress(ProcessLookupError): os.killpg(sleeper.pid, signal.SIGKILL)
 
 
-def test_a_sweep_that_died_after_its_last_record_leaves_no_claim(file, outputs):
+def test_a_sweep_that_died_after_its_last_record_leaves_no_lease(file, outputs):
     drive(file, outputs)
-    dead = Claims(outputs, "cifar")
-    cell = next(iter(cells_of(file)))
+    dead, cell = Leases(outputs, "cifar"), next(iter(cells_of(file)))
     dead.take([cell], "cifar/demo/baseline/none")
-    path = dead.current()[cell]
+    path = dead.all.current()[cell]
     path.write_text(json.dumps(json.loads(path.read_text()) | DEAD))
-    assert not drive(file, outputs).engine.asked and not claims(outputs)
+    assert not drive(file, outputs).engine.asked and not leases(outputs)
 
 
 def test_a_half_written_line_costs_no_other(clean_environment, outputs):
@@ -266,14 +293,16 @@ def test_a_half_written_line_costs_no_other(clean_environment, outputs):
     path = plan.folder / "runs.jsonl"
     whole = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(whole[0] + whole[1][:100])  # killed while it wrote
-    record_files.write_json(plan.folder / "provenance.json", read_provenance(plan.folder) | dict(status="running"))
+    running = read_provenance(plan.folder) | dict(status="running")
+    record_files.write_json(plan.folder / "provenance.json", running)
     record_failure(plan, "the kernel died")
     found, problems = read_records(path)
-    assert [(record["seed"], record["status"]) for record in found] == [(0, "completed"), (1, "failed")] and len(problems) == 1 and path.read_bytes().startswith(whole[0])
+    assert [(record["seed"], record["status"]) for record in found] == [(0, "completed"), (1, "failed")]
+    assert len(problems) == 1 and path.read_bytes().startswith(whole[0])
 
 
 def test_a_device_that_is_not_used_is_let_go(tmp_path, monkeypatch):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     first, second = LocalEngine([()]), LocalEngine([()])
     assert first.free() and not second.free()
     first.wait(0)
@@ -302,23 +331,26 @@ def full(monkeypatch, name, after, module=os):
 def test_full_disk_while_recording(file, outputs, monkeypatch):
     with full(monkeypatch, "fsync", 6):
         stuck = drive(file, outputs)
-    assert stuck.failed and all(str(outputs) in why and "No space left on device" in why for why in stuck.failed.values())
+    assert stuck.failed
+    assert all(str(outputs) in why and "No space left on device" in why for why in stuck.failed.values())
     before = faults.snapshot(outputs)
     kept = completed(outputs)
     assert kept and set(kept.values()) == {1}
     again = drive(file, outputs)
-    assert not again.failed and completed(outputs) == dict.fromkeys(cells_of(file), 1) and all(path.read_bytes().startswith(data) for path, data in before.items()) and not claims(outputs)
+    assert not again.failed and completed(outputs) == each_once(file) and not leases(outputs)
+    assert all(path.read_bytes().startswith(data) for path, data in before.items())
 
 
-def test_full_disk_while_claiming(file, outputs, monkeypatch):
-    with full(monkeypatch, "link", 1), pytest.raises(SpeedrunError, match=f"{outputs}/sweeps/claims/cifar cannot be written .No space left on device.*--outputs"): drive(file, outputs)
-    assert not claims(outputs)
-    assert completed(drive(file, outputs).outputs) == dict.fromkeys(cells_of(file), 1)
+def test_full_disk_while_taking_leases(file, outputs, monkeypatch):
+    message = f"{outputs}/sweeps/claims/cifar cannot be written .No space left on device.*--outputs"
+    with full(monkeypatch, "link", 1), pytest.raises(SpeedrunError, match=message): drive(file, outputs)
+    assert not leases(outputs)
+    assert completed(drive(file, outputs).outputs) == each_once(file)
 
 
-def test_full_disk_while_claiming_lets_go_on_what_runs(tmp_path, file, outputs, monkeypatch):
+def test_full_disk_while_taking_leases_lets_go_on_what_runs(tmp_path, file, outputs, monkeypatch):
     class Slow(InProcess):
-        "The first batch still runs when the second is to be claimed."
+        "The first batch still runs when the second is to be taken."
         waits = 0
 
         def wait(self, seconds):
@@ -327,32 +359,37 @@ def test_full_disk_while_claiming_lets_go_on_what_runs(tmp_path, file, outputs, 
 
     engine = Slow()
     engine.slots = [Slot("a", "here"), Slot("b", "here")]
-    with full(monkeypatch, "link", 2), pytest.raises(SpeedrunError, match="no cell can be claimed"): drive(file, outputs, engine)
-    assert len(engine.asked) == 1 and len(completed(outputs)) == 2 and not claims(outputs)
+    with full(monkeypatch, "link", 2), pytest.raises(SpeedrunError, match="no lease can be taken"):
+        drive(file, outputs, engine)
+    assert len(engine.asked) == 1 and len(completed(outputs)) == 2 and not leases(outputs)
 
 
 def test_full_disk_before_the_plan_is_frozen(file, outputs, monkeypatch):
-    with full(monkeypatch, "fsync", 0), pytest.raises(SpeedrunError, match=f"{outputs}/sweeps/small-.*cannot be written .No space left on device"): drive(file, outputs)
+    message = f"{outputs}/sweeps/small-.*cannot be written .No space left on device"
+    with full(monkeypatch, "fsync", 0), pytest.raises(SpeedrunError, match=message): drive(file, outputs)
     assert not list(outputs.rglob("*.*")), "temporary files are left"
 
 
 def test_a_disk_that_is_really_full(swept, tmp_path):
-    (tmp_path / "outputs").mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", tmp_path / "outputs"], capture_output=True).returncode: pytest.skip("no file system can be mounted here")
+    outputs = tmp_path / "outputs"
+    outputs.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", outputs], capture_output=True)
+    if mounted.returncode: pytest.skip("no file system can be mounted here")
     try:
-        filler = tmp_path / "outputs/filler"
+        filler = outputs / "filler"
         sweep = swept("0:2", seconds=1)
         assert wait_for(lambda: completed(sweep.outputs), 60)
         with suppress_full(), open(filler, "wb", buffering=0) as file:
             while True: file.write(bytes(4096))
         code, said = sweep.process.wait(120), sweep.log.read_text()
-        kept = completed(sweep.outputs)
-        assert code == 1 and "Traceback" not in said and "No space left on device" in said and str(sweep.outputs) in said and kept
+        assert code == 1 and "Traceback" not in said and completed(outputs)
+        assert "No space left on device" in said and str(outputs) in said
         filler.unlink()
-        assert not drive(sweep.file, sweep.outputs).failed and not claims(sweep.outputs) and completed(sweep.outputs) == dict.fromkeys(cells_of(sweep.file), 1)
+        assert not drive(sweep.file, outputs).failed and not leases(outputs)
+        assert completed(outputs) == each_once(sweep.file)
     finally:
         kill_all(tmp_path)
-        subprocess.run(["umount", tmp_path / "outputs"], check=True)
+        subprocess.run(["umount", outputs], check=True)
 
 
 @contextmanager
@@ -364,14 +401,16 @@ def suppress_full():
 
 def test_a_file_in_place_of_a_folder(file, outputs, speedrun):
     outputs.write_text("a file")
-    assert "cannot be written" in (done := speedrun("sweep", file, "--outputs", outputs)).err and str(outputs) in done.err and done.code == 1
+    done = speedrun("sweep", file, "--outputs", outputs)
+    assert done.code == 1 and "cannot be written" in done.err and str(outputs) in done.err
     outputs.unlink()
     (outputs / "cifar/demo").mkdir(parents=True)
     (outputs / "cifar/demo/det_crop").write_text("a file")
     found = drive(file, outputs)
-    assert len(found.cells.done) == 2 and len(found.failed) == 2 and all(f"{outputs}/cifar/demo/det_crop" in why and "cannot be written" in why for why in found.failed.values())
+    assert len(found.cells.done) == 2 and len(found.failed) == 2
+    assert all(f"{outputs}/cifar/demo/det_crop" in why and "cannot be written" in why for why in found.failed.values())
     (outputs / "cifar/demo/det_crop").unlink()
-    assert not drive(file, outputs).failed and completed(outputs) == dict.fromkeys(cells_of(file), 1)
+    assert not drive(file, outputs).failed and completed(outputs) == each_once(file)
 
 
 # clocks
@@ -389,13 +428,16 @@ def test_a_clock_that_jumps_backwards(tmp_path, file, outputs, monkeypatch, spee
         patched.setattr(provenance, "datetime", SimpleNamespace(datetime=Clock, UTC=datetime.UTC))
         patched.setattr(time, "time", lambda: real() - (1.9e9 - now[0]))
         first = drive(file, outputs)
-        dead = Claims(outputs, "cifar")
+        dead = Leases(outputs, "cifar")
         assert not first.failed and dead.take(["other"], "cifar/demo/baseline/none") == {"other"}
-        assert not Claims(outputs, "cifar").take(["other"], "cifar/demo/baseline/none2") and dead.take(["another"], "x")  # whoever lives keeps what it has, whatever the clock
+        assert not Leases(outputs, "cifar").take(["other"], "cifar/demo/baseline/none2")  # who lives keeps what it has
+        assert dead.take(["another"], "x")
         dead.close()
     assert not drive(file, outputs).engine.asked
     found = sorted(records(outputs), key=lambda record: record["order"])
-    assert [record["started_at"] for record in found] == sorted((record["started_at"] for record in found), reverse=True)
-    assert completed(outputs) == dict.fromkeys(cells_of(file), 1)
+    starts = [record["started_at"] for record in found]
+    assert starts == sorted(starts, reverse=True)
+    assert completed(outputs) == each_once(file)
     assert "det_crop" in speedrun("compare", "cifar", "baseline", "det_crop", "--outputs", outputs).out
-    assert speedrun("audit", "cifar", "--outputs", outputs).code == speedrun("sweep", "status", file, "--outputs", outputs).code == speedrun("ledger", "--outputs", outputs).code == 0
+    for words in (("audit", "cifar"), ("sweep", "status", file), ("ledger",)):
+        assert speedrun(*words, "--outputs", outputs).code == 0

@@ -20,9 +20,10 @@ from ..core.plans import SweepPlan
 from ..core.study import Study, load_study
 from ..core.variants import claim_of, plain_hashes
 from ..evidence.case import Case, by_baseline, focus, make_case, named_group
-from ..evidence.comparison import Comparison, compare_in, goal_of, related_to, results, significance
+from ..evidence.comparison import Comparison, goal_of, related_to, results, significance
 from ..evidence.frontier import budget_groups
-from ..evidence.groups import Group, find_group, where
+from ..evidence.groups import Group, filter_runs, find_group
+from ..evidence.verdict import compare_in
 
 # %% ../../nbs/audit/08_audit.ipynb #cell-05
 def results_of(part:Case, case:Case)->list[Finding]:
@@ -71,7 +72,7 @@ def compare(
     "Compare two variants by name. Raises `SpeedrunError` naming what is there."
     study = load_study(study) if isinstance(study, str) else study
     if conditions: provenances = {batch: {**p, "expected_runs": None} for batch, p in (provenances or {}).items()}  # what was filtered out is not missing
-    case = make_case(where(frame, conditions or {}), study, profile, provenances, plans)
+    case = make_case(filter_runs(frame, conditions or {}), study, profile, provenances, plans)
     hashes = plain_hashes(study, case.profile, [name.partition("@")[0] for name in (baseline, variant)])
     groups = [find_group(case.rows, name, hashes) for name in (baseline, variant)]
     findings = audit_pair(case, *(named_group(case, group) for group in groups))

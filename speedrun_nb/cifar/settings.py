@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..core.data import DataFile, DataSet
+from ..core.files import DataFile, DataSet
 from ..core.settings import setting
 from ..core.study import Metric, Study, Target
 

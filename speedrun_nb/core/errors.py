@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SpeedrunError', 'nearest', 'one_of']
 
-# %% ../../nbs/core/00_errors.ipynb
+# %% ../../nbs/core/00_errors.ipynb #cell-03
 import difflib
 from collections.abc import Iterable
 
@@ -13,17 +13,22 @@ from collections.abc import Iterable
 class SpeedrunError(Exception):
     "What is wrong, where, and the remedy: a message for the user, not for the programmer."
 
+# %% ../../nbs/core/00_errors.ipynb #cell-07
 def nearest(
     word:object,            # what was written
     choices:Iterable[str],  # what would have been valid
 )->str:                     # ' Did you mean "x"?', or nothing when no choice is close
     "A suggestion to append to an error message."
     choices = list(choices)
-    close = difflib.get_close_matches(str(word), choices, n=1, cutoff=0.5)
-    if not close:  # a dotted key is often remembered by its last part only
-        close = [c for c in choices if c.rpartition(".")[2] == str(word).rpartition(".")[2]][:1]
+    close = difflib.get_close_matches(str(word), choices, n=1, cutoff=0.5) or _same_ending(str(word), choices)
     return f' Did you mean "{close[0]}"?' if close else ""
 
+def _same_ending(word:str, choices:list[str])->list[str]:
+    "The choices whose last dotted part is that of `word`."
+    ending = word.rpartition(".")[2]
+    return [choice for choice in choices if choice.rpartition(".")[2] == ending]
+
+# %% ../../nbs/core/00_errors.ipynb #cell-10
 def one_of(
     word:str,               # what was written
     choices:Iterable[str],  # the valid names
@@ -32,4 +37,5 @@ def one_of(
     "Return `word`, or raise a `SpeedrunError` that lists the choices."
     choices = list(choices)
     if isinstance(word, str) and word in choices: return word
-    raise SpeedrunError(f'there is no {what} "{word}".{nearest(word, choices)} Known: {", ".join(choices) or "none"}.')
+    known = ", ".join(choices) or "none"
+    raise SpeedrunError(f'there is no {what} "{word}".{nearest(word, choices)} Known: {known}.')

@@ -6,25 +6,27 @@
 __all__ = ['RunRecord', 'parse_run', 'read_file', 'make_frame', 'read_runs']
 
 # %% ../../nbs/core/06_runs.ipynb #cell-02
+import functools
+import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import pandas as pd
 
-from .records import FIELDS, SCHEMA
+from .records import FIELDS, RECORD_SCHEMA
 
 # %% ../../nbs/core/06_runs.ipynb #cell-05
-class RunRecord(msgspec.Struct, frozen=True):
+class RunRecord(msgspec.Struct, gc=False):
     "A line of runs.jsonl; `speedrun_nb.core.records.make_record` says what the fields are."
     run_id:str
     schema:int|None = None
     study:str|None = None
     profile:str|None = None
     variant:str|None = None
-    config:msgspec.Raw = msgspec.Raw(b"null")  # settings by dotted name, as written
+    config:msgspec.Raw = msgspec.Raw(b"null")  # settings by dotted name; `parse_run` reads them
     config_hash:str|None = None
     seed:int|None = None
     repeat:int|None = None
@@ -54,41 +56,70 @@ class RunRecord(msgspec.Struct, frozen=True):
     metrics:dict[str, int|float|None]|None = None
 
 # %% ../../nbs/core/06_runs.ipynb #cell-06
+_Schema = msgspec.defstruct("_Schema", [("schema", int | None, None)])
+_Settings = msgspec.defstruct("_Settings", [("config", dict | None, None)])
 _read_run = msgspec.json.Decoder(RunRecord).decode
-_read_settings = msgspec.json.Decoder(dict | None).decode
-_read_schema = msgspec.json.Decoder(msgspec.defstruct("_Schema", [("schema", int | None, None)])).decode
+_read_schema = msgspec.json.Decoder(_Schema).decode
+
+# %% ../../nbs/core/06_runs.ipynb #cell-08
+@functools.lru_cache(maxsize=1000)
+def _read_settings(text:bytes)->dict|None:
+    "Settings by dotted name from their JSON."
+    return msgspec.json.decode(b'{"config":' + text + b"}", type=_Settings).config
+
+# %% ../../nbs/core/06_runs.ipynb #cell-10
+_DAMAGE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 def parse_run(line:bytes)->RunRecord:
     "The record in a line. Raises `ValueError` that says what is wrong with it."
-    try: run = _read_run(line)
+    try:
+        run = _read_run(line)
+        run.config = _read_settings(bytes(run.config))
     except msgspec.ValidationError as error:
-        _check_schema(_read_schema(line).schema)
+        _check_schema(_schema_of(line))
         raise ValueError(f"record left out: {_plainly(error)}") from None
-    except (msgspec.DecodeError, RecursionError): raise ValueError("damaged record left out") from None
+    except _DAMAGE: raise ValueError("damaged record left out") from None
     _check_schema(run.schema)
     return run
 
+# %% ../../nbs/core/06_runs.ipynb #cell-11
+def _schema_of(line:bytes)->int|None:
+    "The schema of a line with a type error; None where that is the error. Raises `ValueError` for a cut-off line."
+    try: return _read_schema(line).schema
+    except msgspec.ValidationError: return None
+    except _DAMAGE: raise ValueError("damaged record left out") from None
+
 def _check_schema(schema:int|None)->None:
-    if schema not in (None, SCHEMA): raise ValueError(f"record left out: schema {schema} is not known to this version, which knows {SCHEMA}")
+    if schema in (None, RECORD_SCHEMA): return
+    known = f"this version, which knows {RECORD_SCHEMA}"
+    raise ValueError(f"record left out: schema {schema} is not known to {known}")
+
+# %% ../../nbs/core/06_runs.ipynb #cell-13
+_WRONG_TYPE = re.compile(r"Expected `(.+)`, got `(.+?)`(?: - at `\$\.?(.*)`)?")
+_MISSING = re.compile(r"Object missing required field `(.+)`")
 
 def _plainly(error:msgspec.ValidationError)->str:
     "msgspec's message, in words: seed: expected int, found str."
-    if not (found := re.fullmatch(r"Expected `(.+)`, got `(.+?)`(?: - at `\$\.?(.*)`)?", str(error))): return str(error)
-    wanted, got, where = found.groups()
+    text = str(error)
+    wrong, missing = _WRONG_TYPE.fullmatch(text), _MISSING.fullmatch(text)
+    if missing: return f"{missing[1]} is missing"
+    if not wrong: return text
+    wanted, got, where = wrong.groups()
     return f"{where or 'the line'}: expected {wanted.replace(' | ', ' or ')}, found {got}"
 
-# %% ../../nbs/core/06_runs.ipynb #cell-09
-def _lines(path:Path)->list[bytes]:
+# %% ../../nbs/core/06_runs.ipynb #cell-17
+def _lines_of(path:Path)->list[bytes]:
     "The lines of a regular file; what follows the last end of line is the last of them."
     if not stat.S_ISREG(path.stat().st_mode): raise OSError(None, "not a regular file")
     return path.read_bytes().split(b"\n")
 
+# %% ../../nbs/core/06_runs.ipynb #cell-18
 def read_file(
     path:Path,
     problems:list[str],  # gets a sentence for whatever is left out
 )->Iterator[RunRecord]:
     "The records of a runs.jsonl."
-    try: lines = _lines(path)
+    try: lines = _lines_of(path)
     except OSError as error:
         problems.append(f"{path}: cannot be read ({error.strerror})")
         return
@@ -99,27 +130,32 @@ def read_file(
             cut_off = number == len(lines) and str(error).startswith("damaged")
             problems.append(f"{path}, line {number}: {'half-written record left out' if cut_off else error}")
 
-# %% ../../nbs/core/06_runs.ipynb #cell-11
-def _settings(runs:Iterable[RunRecord])->list[dict|None]:
-    "The settings of each run."
-    known = {}
-    for text in {bytes(run.config) for run in runs}: known[text] = _read_settings(text)
-    return [known[bytes(run.config)] for run in runs]
-
+# %% ../../nbs/core/06_runs.ipynb #cell-20
 def _column(values:list)->pd.Series:
     "Numbers as such, with NaN where there is none; anything else as it is."
     first = next((value for value in values if value is not None), None)
     return pd.Series(values, dtype=None if isinstance(first, (int, float)) else object)
 
+# %% ../../nbs/core/06_runs.ipynb #cell-22
 def make_frame(runs:list[RunRecord])->pd.DataFrame:
     "A row a run: the fields of a record, then its metrics. A metric that has the name of a field is left out."
-    fields = {name: _column([getattr(run, name) for run in runs]) for name in FIELDS if name != "config"}
-    fields["config"] = _column(_settings(runs))
-    names = dict.fromkeys(name for run in runs for name in run.metrics or () if name not in FIELDS)
-    metrics = {name: _column([(run.metrics or {}).get(name) for run in runs]) for name in names}
-    return pd.DataFrame({name: fields[name] for name in FIELDS} | metrics)
+    frame = {name: _column([getattr(run, name) for run in runs]) for name in FIELDS}
+    measured = [run.metrics or {} for run in runs]
+    names = [name for name in dict.fromkeys(name for metrics in measured for name in metrics) if name not in FIELDS]
+    for name in names: frame[name] = _column([metrics.get(name) for metrics in measured])
+    return pd.DataFrame(frame, columns=[*FIELDS, *names])
 
-# %% ../../nbs/core/06_runs.ipynb #cell-12
+# %% ../../nbs/core/06_runs.ipynb #cell-24
+def _files(outputs:Path, study:str, profile:str)->list[Path]:
+    "Everything that is called runs.jsonl and stands in the folder of a batch, links that lead nowhere included."
+    paths = [folder / "runs.jsonl" for folder in outputs.glob(f"{study}/{profile}/*/*")]
+    return sorted(path for path in paths if os.path.lexists(path))
+
+def _by_start(run:RunRecord)->tuple:
+    "Runs without a start come last; the identity decides between runs that started at once."
+    return run.started_at is None, run.started_at or "", run.run_id
+
+# %% ../../nbs/core/06_runs.ipynb #cell-26
 def read_runs(
     outputs:Path,                # the folder of collected runs
     study:str|None=None,         # only this study
@@ -127,7 +163,6 @@ def read_runs(
 )->tuple[pd.DataFrame, list[str]]: # one row a run, in the order of their start; problems, each naming file and line
     "Read every record below `outputs`."
     problems = []
-    paths = sorted(Path(outputs).glob(f"{study or '*'}/{profile or '*'}/*/*/runs.jsonl"))
+    paths = _files(Path(outputs), study or "*", profile or "*")
     runs = [run for path in paths for run in read_file(path, problems)]
-    runs.sort(key=lambda run: (run.started_at is None, run.started_at or "", run.run_id))
-    return make_frame(runs), problems
+    return make_frame(sorted(runs, key=_by_start)), problems

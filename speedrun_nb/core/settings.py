@@ -6,7 +6,7 @@
 __all__ = ['parse_yaml', 'read_yaml', 'setting', 'schema_fields', 'check_value', 'flatten', 'check_settings', 'build', 'to_flat',
            'show_setting', 'config_hash']
 
-# %% ../../nbs/core/02_settings.ipynb
+# %% ../../nbs/core/02_settings.ipynb #cell-02
 import dataclasses
 import hashlib
 import json
@@ -21,30 +21,38 @@ import yaml
 
 from .errors import SpeedrunError, nearest
 
-# %% ../../nbs/core/02_settings.ipynb #cell-08
-class _CoreSchemaLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # libyaml, several times faster, is in nearly every PyYAML
+# %% ../../nbs/core/02_settings.ipynb #cell-05
+class _CoreSchemaLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
     "YAML 1.2 scalars; duplicate keys refused."
+    yaml_implicit_resolvers = {}
 
     def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is not a word", key_node.start_mark)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f'the key "{key}" stands twice', key_node.start_mark)
-            seen.add(key)
+        keys = [(self.construct_object(key, deep=True), key.start_mark) for key, _ in node.value]
+        _check_keys(keys)
         return super().construct_mapping(node, deep)
 
-_INT = re.compile(r"[-+]?[0-9]+")
-_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
-_CoreSchemaLoader.yaml_implicit_resolvers = {}
-for _tag, _pattern in {"null": re.compile(r"~|null|Null|NULL|"), "bool": re.compile(r"true|True|TRUE|false|False|FALSE"),
-                       "int": _INT, "float": _FLOAT}.items():
-    _CoreSchemaLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern.pattern})$"), None)
-_CoreSchemaLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+# %% ../../nbs/core/02_settings.ipynb #cell-07
+def _check_keys(keys:list[tuple])->None:
+    "Keys of a mapping, each with its place: words, and each once."
+    seen = set()
+    for key, mark in keys:
+        fault = None if isinstance(key, str) else f"the key {key!r} is not a word"
+        if key in seen: fault = f'the key "{key}" stands twice'
+        if fault: raise yaml.constructor.ConstructorError(None, None, fault, mark)
+        seen.add(key)
 
 # %% ../../nbs/core/02_settings.ipynb #cell-09
+_SCALARS = {
+    "null": r"~|null|Null|NULL|",
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?[0-9]+",
+    "float": r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+}
+for _tag, _pattern in _SCALARS.items():
+    _CoreSchemaLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})$"), None)
+_CoreSchemaLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+
+# %% ../../nbs/core/02_settings.ipynb #cell-11
 def parse_yaml(
     text:str,              # YAML 1.2
     where:str="the text",  # named in errors
@@ -52,18 +60,19 @@ def parse_yaml(
     "Read YAML 1.2 safely. Raises `SpeedrunError` with line and column."
     try: return yaml.load(text, Loader=_CoreSchemaLoader)  # a SafeLoader: plain data only
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         place = f"{where}, line {mark.line + 1}, column {mark.column + 1}" if mark else where
-        raise SpeedrunError(f"{place}: {getattr(error, 'problem', None) or error}") from None
+        raise SpeedrunError(f"{place}: {problem or error}") from None
 
+# %% ../../nbs/core/02_settings.ipynb #cell-14
 def read_yaml(path:Path)->dict:
     "Read a YAML file that holds a mapping. Raises `SpeedrunError` naming the file."
     try: text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error: raise SpeedrunError(f"{path} cannot be read: {error}") from None
     data = parse_yaml(text, str(path))
     if data is None: return {}
-    if not isinstance(data, dict): raise SpeedrunError(f"{path}: expected `key: value` lines, found {type(data).__name__}")
-    return data
+    if isinstance(data, dict): return data
+    raise SpeedrunError(f"{path}: expected `key: value` lines, found {type(data).__name__}")
 
 # %% ../../nbs/core/02_settings.ipynb #cell-17
 def setting(
@@ -75,8 +84,10 @@ def setting(
     implementation:bool=False, # says how something is computed, not what: results with other values may be equal
 ):
     "Declare one field of a settings dataclass."
-    return dataclasses.field(metadata=dict(help=help, low=low, high=high, above=above, choices=choices, implementation=implementation))
+    limits = dict(low=low, high=high, above=above, choices=choices)
+    return dataclasses.field(metadata=dict(help=help, **limits, implementation=implementation))
 
+# %% ../../nbs/core/02_settings.ipynb #cell-19
 def schema_fields(
     schema:type,     # a dataclass of dataclasses
     prefix:str="",
@@ -89,37 +100,58 @@ def schema_fields(
         else: found[name] = (kind, field.metadata)
     return found
 
-# %% ../../nbs/core/02_settings.ipynb #cell-20
-def _describe(kind, metadata)->str:
+# %% ../../nbs/core/02_settings.ipynb #cell-22
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
+_BOUNDS = {"low": "at least", "above": "above", "high": "at most"}
+
+def _unwrap(kind)->tuple[bool, type]:
+    "Split `X | None` into (True, X)."
+    if not isinstance(kind, types.UnionType): return False, kind
+    return True, next(k for k in typing.get_args(kind) if k is not type(None))
+
+# %% ../../nbs/core/02_settings.ipynb #cell-23
+def _describe(kind, metadata:Mapping)->str:
     "What a setting accepts, for errors and tables."
     if metadata.get("choices"): return "one of " + ", ".join(metadata["choices"])
     optional, kind = _unwrap(kind)
-    if typing.get_origin(kind) is tuple: text = f"a list of {len(typing.get_args(kind))} whole numbers"
-    else: text = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}[kind]
-    bounds = [f"{word} {metadata[key]:g}" for key, word in (("low", "at least"), ("above", "above"), ("high", "at most")) if metadata.get(key) is not None]
-    return text + (" " + ", ".join(bounds) if bounds else "") + (", or none" if optional else "")
+    is_list = typing.get_origin(kind) is tuple
+    text = f"a list of {len(typing.get_args(kind))} whole numbers" if is_list else _WORDS[kind]
+    bounds = [f"{word} {metadata[key]:g}" for key, word in _BOUNDS.items() if metadata.get(key) is not None]
+    if bounds: text += " " + ", ".join(bounds)
+    return text + (", or none" if optional else "")
 
-def _unwrap(kind):
-    "Split `X | None` into (True, X)."
-    if isinstance(kind, types.UnionType): return True, next(k for k in typing.get_args(kind) if k is not type(None))
-    return False, kind
+# %% ../../nbs/core/02_settings.ipynb #cell-26
+def _in_type(value, kind):
+    "`value` as a plain type, if nothing is lost. Raises ValueError."
+    if kind is str and value is None: value = "none"
+    if kind is float and type(value) is int: value = float(value)
+    if kind is int and isinstance(value, float) and value.is_integer(): value = int(value)
+    if type(value) is not kind: raise ValueError
+    return value
 
-def _convert(value, kind, metadata):
+# %% ../../nbs/core/02_settings.ipynb #cell-28
+def _is_within(value, metadata:Mapping)->bool:
+    "Is a value finite and within the bounds of its setting?"
+    low, high, above, choices = (metadata.get(key) for key in ("low", "high", "above", "choices"))
+    if isinstance(value, float) and not math.isfinite(value): return False
+    if low is not None and value < low: return False
+    if high is not None and value > high: return False
+    if above is not None and value <= above: return False
+    return not choices or value in choices
+
+# %% ../../nbs/core/02_settings.ipynb #cell-30
+def _convert(value, kind, metadata:Mapping):
     "`value` as `kind`, or ValueError."
     if isinstance(value, str) and kind is not str: value = parse_yaml(value)
     if typing.get_origin(kind) is tuple:
         kinds = typing.get_args(kind)
         if not isinstance(value, (list, tuple)) or len(value) != len(kinds): raise ValueError
-        return tuple(_convert(v, k, metadata) for v, k in zip(value, kinds, strict=True))
-    if kind is str and value is None: value = "none"
-    if kind is float and isinstance(value, int) and not isinstance(value, bool): value = float(value)
-    if kind is int and isinstance(value, float) and value.is_integer(): value = int(value)
-    if type(value) is not kind: raise ValueError
-    low, high, above, choices = (metadata.get(k) for k in ("low", "high", "above", "choices"))
-    in_range = (low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)
-    if not in_range or (choices and value not in choices) or (kind is float and not math.isfinite(value)): raise ValueError
+        return tuple(_convert(item, k, metadata) for item, k in zip(value, kinds, strict=True))
+    value = _in_type(value, kind)
+    if not _is_within(value, metadata): raise ValueError
     return value
 
+# %% ../../nbs/core/02_settings.ipynb #cell-32
 def check_value(
     name:str,      # dotted name, for errors
     value:object,  # as read from YAML, a command line or a notebook
@@ -135,7 +167,7 @@ def check_value(
         hint = nearest(value, metadata["choices"]) if metadata.get("choices") else ""
         raise SpeedrunError(f"{name}: {shown} is not valid; it takes {_describe(kind, metadata)}.{hint}") from None
 
-# %% ../../nbs/core/02_settings.ipynb #cell-22
+# %% ../../nbs/core/02_settings.ipynb #cell-35
 def flatten(
     data:Mapping,     # nested, dotted, or both
     where:str,        # for errors
@@ -146,11 +178,13 @@ def flatten(
     flat = {}
     for key, value in data.items():
         name = f"{prefix}{key}"
-        for inner, leaf in (flatten(value, where, f"{name}.") if isinstance(value, Mapping) else {name: value}).items():
-            if inner in flat: raise SpeedrunError(f"{where}: {inner} is given twice")
-            flat[inner] = leaf
+        inside = flatten(value, where, f"{name}.") if isinstance(value, Mapping) else {name: value}
+        twice = [inner for inner in inside if inner in flat]
+        if twice: raise SpeedrunError(f"{where}: {twice[0]} is given twice")
+        flat |= inside
     return flat
 
+# %% ../../nbs/core/02_settings.ipynb #cell-38
 def check_settings(
     schema:type,    # the study's dataclass
     flat:Mapping,   # some of its settings, by dotted name
@@ -160,12 +194,13 @@ def check_settings(
     fields, checked = schema_fields(schema), {}
     for name, value in flat.items():
         if name not in fields:
-            raise SpeedrunError(f'{where}: there is no setting "{name}".{nearest(name, fields)} Settings: {", ".join(fields)}.')
+            hint, known = nearest(name, fields), ", ".join(fields)
+            raise SpeedrunError(f'{where}: there is no setting "{name}".{hint} Settings: {known}.')
         try: checked[name] = check_value(name, value, *fields[name])
         except SpeedrunError as error: raise SpeedrunError(f"{where}: {error}") from None
     return checked
 
-# %% ../../nbs/core/02_settings.ipynb #cell-23
+# %% ../../nbs/core/02_settings.ipynb #cell-40
 def build(
     schema:type,    # the study's dataclass
     flat:Mapping,   # every setting, by dotted name
@@ -173,29 +208,34 @@ def build(
 ):                  # an instance of `schema`
     "Make frozen settings. Raises `SpeedrunError` for what is missing, invalid, or refused by the schema's `rules`."
     flat = check_settings(schema, flat, where)
-    if missing := [name for name in schema_fields(schema) if name not in flat]:
-        raise SpeedrunError(f"{where}: {', '.join(missing)} missing; baseline.yaml must hold every setting")
+    missing = [name for name in schema_fields(schema) if name not in flat]
+    if missing: raise SpeedrunError(f"{where}: {', '.join(missing)} missing; baseline.yaml must hold every setting")
     settings = _instantiate(schema, flat, "")
     for problem in getattr(settings, "rules", tuple)(): raise SpeedrunError(f"{where}: {problem}")
     return settings
 
-def _instantiate(schema, flat, prefix):
-    hints = typing.get_type_hints(schema)
-    values = {}
+# %% ../../nbs/core/02_settings.ipynb #cell-41
+def _instantiate(schema:type, flat:Mapping, prefix:str):
+    "A dataclass of dataclasses from its dotted names."
+    values, hints = {}, typing.get_type_hints(schema)
     for field in dataclasses.fields(schema):
         name, kind = f"{prefix}{field.name}", hints[field.name]
-        values[field.name] = _instantiate(kind, flat, f"{name}.") if dataclasses.is_dataclass(kind) else flat[name]
+        nested = dataclasses.is_dataclass(kind)
+        values[field.name] = _instantiate(kind, flat, f"{name}.") if nested else flat[name]
     return schema(**values)
 
+# %% ../../nbs/core/02_settings.ipynb #cell-43
 def to_flat(settings)->dict:
     "The inverse of `build`: dotted names and plain values."
     return flatten(dataclasses.asdict(settings), "settings")
 
 def show_setting(value)->str:
     "A setting's value for readers."
+    if value is None: return "none"
     if isinstance(value, (list, tuple)): return ", ".join(map(str, value))
-    return "none" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
+# %% ../../nbs/core/02_settings.ipynb #cell-48
 def config_hash(
     flat:Mapping,  # every setting, by dotted name
 )->str:            # 12 hexadecimal digits

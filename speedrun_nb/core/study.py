@@ -20,26 +20,33 @@ from .errors import SpeedrunError, one_of
 def _is_root(folder:Path)->bool:
     "Does this folder hold the project's settings.ini?"
     config = configparser.ConfigParser(delimiters=["="], interpolation=None)
-    try: return bool(config.read(folder / "settings.ini", encoding="utf-8")) and config["DEFAULT"].get("lib_name") == "speedrun_nb"
+    try: config.read(folder / "settings.ini", encoding="utf-8")  # none is no error
     except (configparser.Error, UnicodeDecodeError): return False
+    return config["DEFAULT"].get("lib_name") == "speedrun_nb"
 
+def _package_folder()->Path:
+    "Where the modules of this package are."
+    return Path(importlib.util.find_spec("speedrun_nb").origin).resolve().parent
+
+# %% ../../nbs/core/03_study.ipynb #cell-07
 def project_root(
     start:Path|None=None,  # where to look from; the working directory by default
 )->Path:
     "The folder of the project. Raises `SpeedrunError` when there is none."
     start = Path(start or Path.cwd()).resolve()
-    candidates = [start, *start.parents, Path(importlib.util.find_spec("speedrun_nb").origin).resolve().parents[1]]
-    for folder in candidates:
+    for folder in (start, *start.parents, _package_folder().parent):
         if _is_root(folder): return folder
-    raise SpeedrunError(f"{start} is not inside a checkout of speedrun_nb. Change into one, or name it: speedrun --root FOLDER ...")
+    remedy = "Change into one, or name it: speedrun --root FOLDER ..."
+    raise SpeedrunError(f"{start} is not inside a checkout of speedrun_nb. {remedy}")
 
+# %% ../../nbs/core/03_study.ipynb #cell-09
 def from_root(
     path:str|Path,  # absolute, or relative to the root
 )->Path:
     "An absolute path."
     return project_root() / Path(path).expanduser()
 
-# %% ../../nbs/core/03_study.ipynb #cell-08
+# %% ../../nbs/core/03_study.ipynb #cell-12
 @dataclass(frozen=True)
 class Metric:
     "Something measured in a run."
@@ -55,18 +62,19 @@ class Metric:
     def axis(self)->str: return f"{self.label} ({self.unit})"
 
     def show(self, value, sign=False)->str:
-        "`value` (in the stored unit) for readers; with `sign` as a difference, where per cent become percentage points."
+        "`value` (in the stored unit) for readers; with `sign` a difference: per cent become percentage points."
         if value is None or not math.isfinite(value): return "not known"
         unit = "percentage points" if sign and self.unit == "%" else self.unit
         return f"{value * self.scale:{'+' if sign else ''}.{self.digits}f} {unit}"
 
-# %% ../../nbs/core/03_study.ipynb #cell-10
+# %% ../../nbs/core/03_study.ipynb #cell-15
 @dataclass(frozen=True)
 class Guard:
     "What a variant must not spoil."
     metric:str    # name of a metric of the study
     margin:float  # absolute, in the stored unit: the variant must not be worse by more than this
 
+# %% ../../nbs/core/03_study.ipynb #cell-17
 @dataclass(frozen=True)
 class Claim:
     "What a variant promises."
@@ -75,26 +83,46 @@ class Claim:
     at_least:float   # relative to the baseline's mean; a smaller effect does not count
     guard:Guard|None=None
 
+# %% ../../nbs/core/03_study.ipynb #cell-18
 @dataclass(frozen=True)
 class Target:
     "The quality that a speedrun asks for."
     metric:str    # name of a metric of the study
     value:float   # in the stored unit
 
-def _take(data, keys, where):
+# %% ../../nbs/core/03_study.ipynb #cell-20
+def _take(data:object, keys:list[str], where:str)->Mapping:
     "Check that `data` is a mapping with exactly `keys`."
     if not isinstance(data, Mapping): raise SpeedrunError(f"{where}: expected a mapping with {', '.join(keys)}")
     for key in data: one_of(key, keys, f"key of {where}")
-    if missing := [k for k in keys if k not in data]: raise SpeedrunError(f"{where}: {missing[0]} is missing")
+    for key in keys:
+        if key not in data: raise SpeedrunError(f"{where}: {key} is missing")
     return data
 
-def _number(data, key, where, low):
-    "The number `data[key]`, at least or (for a margin) above `low`."
+# %% ../../nbs/core/03_study.ipynb #cell-21
+def _not_negative(data:Mapping, key:str, where:str)->float:
+    "The number `data[key]`, from 0 up."
     value = data[key]
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < low:
-        raise SpeedrunError(f"{where}.{key}: {value!r} is not a number from {low:g} up")
-    return float(value)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if is_number and math.isfinite(value) and value >= 0: return float(value)
+    raise SpeedrunError(f"{where}.{key}: {value!r} is not a number from 0 up")
 
+# %% ../../nbs/core/03_study.ipynb #cell-23
+def _read_guard(data:object, metrics:Mapping[str,Metric], where:str)->Guard:
+    "Validate the guard of a claim."
+    _take(data, ["metric", "margin"], where)
+    one_of(data["metric"], metrics, f"metric ({where}.metric)")
+    return Guard(data["metric"], _not_negative(data, "margin", where))
+
+# %% ../../nbs/core/03_study.ipynb #cell-24
+def _check_direction(direction:str, metric:Metric, where:str)->None:
+    "A claim promises that a metric gets better."
+    one_of(direction, ["decrease", "increase"], f"direction ({where}.direction)")
+    wanted = "decrease" if metric.better == "lower" else "increase"
+    if direction == wanted: return
+    raise SpeedrunError(f"{where}.direction: {metric.name} is better {metric.better}, so a claim says {wanted}")
+
+# %% ../../nbs/core/03_study.ipynb #cell-26
 def read_claim(
     data:object,                 # the `claim` section of a variant, or None
     metrics:Mapping[str,Metric], # the study's metrics
@@ -103,32 +131,27 @@ def read_claim(
     "Validate a claim. Raises `SpeedrunError` with the nearest valid name."
     if data is None: return None
     where = f"{where}: claim"
-    data = dict(data) if isinstance(data, Mapping) else data
-    guard = data.pop("guard", None) if isinstance(data, dict) else None
+    guard = data.get("guard") if isinstance(data, Mapping) else None
+    if isinstance(data, Mapping): data = {key: value for key, value in data.items() if key != "guard"}
     _take(data, ["metric", "direction", "at_least"], where)
-    one_of(data["metric"], metrics, f"metric ({where}.metric)")
-    one_of(data["direction"], ["decrease", "increase"], f"direction ({where}.direction)")
-    wanted = "decrease" if metrics[data["metric"]].better == "lower" else "increase"
-    if data["direction"] != wanted: raise SpeedrunError(f"{where}.direction: {data['metric']} is better {metrics[data['metric']].better}, so a claim says {wanted}")
-    if guard is not None:
-        _take(guard, ["metric", "margin"], f"{where}.guard")
-        one_of(guard["metric"], metrics, f"metric ({where}.guard.metric)")
-        guard = Guard(guard["metric"], _number(guard, "margin", f"{where}.guard", 0))
-    return Claim(data["metric"], data["direction"], _number(data, "at_least", where, 0), guard)
+    metric = metrics[one_of(data["metric"], metrics, f"metric ({where}.metric)")]
+    _check_direction(data["direction"], metric, where)
+    guard = None if guard is None else _read_guard(guard, metrics, f"{where}.guard")
+    return Claim(metric.name, data["direction"], _not_negative(data, "at_least", where), guard)
 
-# %% ../../nbs/core/03_study.ipynb #cell-13
+# %% ../../nbs/core/03_study.ipynb #cell-30
 @dataclass(frozen=True, kw_only=True)
 class Study:
     "What every layer needs to know of a study."
     name:str                # "cifar": its folder in params/, nbs/ and the package
     title:str               # "CIFAR-10"
     # what is computed
-    schema:type             # the dataclass of its settings, made of dataclasses; see `speedrun_nb.core.settings.setting`
+    schema:type             # the dataclass of its settings, made of dataclasses; see `core.settings.setting`
     budget:str|None         # the setting that says how long to train: "train.epochs"
     parameters:Mapping      # what its run notebook takes beside the parameters of all: name -> default
-    trainer:str             # "module:function", which takes settings, seeds and the parameters above; it yields `Ready`, `Progress` and `Result`
-    checker:str|None        # "module:function", which takes settings and the parameters above, and raises `SpeedrunError` where this machine cannot train so
-    checkpoints:bool        # does the trainer take `checkpoints`, a folder in which to keep what it needs to go on?
+    trainer:str             # "module:function": settings, seeds, parameters -> `Ready`, `Progress` and `Result`s
+    checker:str|None        # "module:function": settings, parameters; raises where this machine cannot train so
+    checkpoints:bool        # does the trainer take `checkpoints`, a folder to keep what it needs to resume?
     datasets:Mapping        # name -> DataSet or HubDataSet: what `speedrun data` fetches and checks
     # what is measured
     metrics:Mapping[str,Metric] # by name; time_seconds and at least one of quality
@@ -139,7 +162,7 @@ class Study:
     log_names:Mapping[str,str] # what scripts call its settings -> their names here
     log_settings:Mapping    # settings that no script shows, because it knows no other
     # words for papers; each function takes settings by dotted name, where published logs do not show all
-    notice:Callable         # a sentence that must stand with every result made with these settings; empty for real data
+    notice:Callable         # a sentence that must stand with every such result; empty for real data
     protocol:str            # what the clock leaves out, what a seed decides
     data_words:Callable     # what was trained on
     weights:Callable|None   # number of weights of the network
@@ -150,17 +173,18 @@ class Study:
         "The folder of its variants."
         return project_root() / "params" / self.name
 
-# %% ../../nbs/core/03_study.ipynb #cell-14
+# %% ../../nbs/core/03_study.ipynb #cell-32
 def study_names()->list[str]:
     "The packages that define a study: those with settings."
-    package = Path(importlib.util.find_spec("speedrun_nb").origin).parent
-    return sorted(path.parent.name for path in package.glob("*/settings.py") if path.parent.name != "core")
+    names = {path.parent.name for path in _package_folder().glob("*/settings.py")}
+    return sorted(names - {"core"})
 
 def load_study(name:str)->Study:
     "Find a study by name. Raises `SpeedrunError` with the nearest valid name."
     one_of(name, study_names(), "study")
     return importlib.import_module(f"speedrun_nb.{name}.settings").STUDY
 
+# %% ../../nbs/core/03_study.ipynb #cell-36
 def load_function(path:str)->Callable: # "speedrun_nb.cifar.train:train"
     "What a study names by its path, such as its trainer."
     module, _, name = path.partition(":")

@@ -20,6 +20,7 @@ def count(
     if n == 1: return f"{n} {noun}"
     return f"{n} {noun}{'es' if noun.endswith(('s', 'x', 'ch', 'sh')) else 's'}"
 
+# %% ../../nbs/core/01_words.ipynb #cell-08
 def listed(
     names:Iterable,
     last:str="and",      # before the last one
@@ -31,12 +32,13 @@ def listed(
     if len(names) < 2: return "".join(names)
     return f"{', '.join(names[:-1])} {last} {names[-1]}"
 
-# %% ../../nbs/core/01_words.ipynb #cell-08
+# %% ../../nbs/core/01_words.ipynb #cell-11
 def half(interval:tuple|None)->float|None:
     "Half the width of an interval; None where it has no limits."
     if not interval or None in interval: return None
     return (interval[1] - interval[0]) / 2
 
+# %% ../../nbs/core/01_words.ipynb #cell-13
 def finer(
     metric,                 # a `Metric`
     resolution:float|None,  # half the width of an interval, in the stored unit
@@ -46,7 +48,7 @@ def finer(
     wanted = 1 - math.floor(math.log10(abs(resolution * metric.scale)))
     return replace(metric, digits=min(12, max(metric.digits, wanted)))
 
-# %% ../../nbs/core/01_words.ipynb #cell-09
+# %% ../../nbs/core/01_words.ipynb #cell-15
 def amount(
     metric,       # a `Metric`
     value:float,  # a difference, in the stored unit
@@ -54,8 +56,11 @@ def amount(
     "The size of a difference, with the decimals of the metric: `0.04 s`, `0.06 percentage points`."
     return metric.show(abs(value), sign=True).lstrip("+")
 
-def unit_of_differences(metric)->str: return metric.show(0, sign=True).partition(" ")[2]
+def unit_of_differences(metric)->str:
+    "`s`, or `percentage points` for a metric in per cent."
+    return metric.show(0, sign=True).partition(" ")[2]
 
+# %% ../../nbs/core/01_words.ipynb #cell-16
 def rough_amount(metric, value:float)->str:
     "The size of a difference with three significant digits: `0.0758 s`."
     return f"{abs(value) * metric.scale:.3g} {unit_of_differences(metric)}".strip()
@@ -64,20 +69,22 @@ def exact_amount(metric, value:float)->str:
     "A margin as it was set, not rounded to what the metric shows."
     return f"{value * metric.scale:.6g} {unit_of_differences(metric)}"
 
-# %% ../../nbs/core/01_words.ipynb #cell-10
+# %% ../../nbs/core/01_words.ipynb #cell-18
 def percent(part:float, digits:int=0)->str:
     "`41 %` of 0.41."
     return f"{100 * part:.{digits}f} %"
 
+# %% ../../nbs/core/01_words.ipynb #cell-19
 def relative_amount(
     value:float,                 # a relative difference: 0.01 is 1 %
     resolution:float|None=None,  # half the width of its interval
 )->str:
     "The size of a relative difference in per cent, with decimals to match its interval."
-    digits = 1 if not resolution else min(12, max(1, 1 - math.floor(math.log10(100 * abs(resolution)))))
-    return percent(abs(value), digits)
+    if not resolution: return percent(abs(value), 1)
+    wanted = 1 - math.floor(math.log10(100 * abs(resolution)))
+    return percent(abs(value), min(12, max(1, wanted)))
 
-# %% ../../nbs/core/01_words.ipynb #cell-11
+# %% ../../nbs/core/01_words.ipynb #cell-23
 def change(
     value:float,
     show:Callable,  # makes a size of a value: `partial(amount, metric)`, `relative_amount`
@@ -85,6 +92,7 @@ def change(
     "A difference in words: `0.041 s less`."
     return f"{show(value)} {'less' if value < 0 else 'more'}"
 
+# %% ../../nbs/core/01_words.ipynb #cell-26
 def visible(value:float, show:Callable)->bool:
     "Is anything but zeros left of a difference, as shown?"
     return float(show(value).partition(" ")[0]) != 0
@@ -93,7 +101,7 @@ def size(value:float, show:Callable)->str:
     "A measured difference in words, also where rounding leaves nothing of it."
     return change(value, show) if visible(value, show) else "no visible difference"
 
-# %% ../../nbs/core/01_words.ipynb #cell-12
+# %% ../../nbs/core/01_words.ipynb #cell-29
 def span(
     interval:tuple[float|None,float|None],  # an end that is None has no limit
     show:Callable,                          # as for `change`
@@ -107,13 +115,14 @@ def span(
     small, large = sorted((abs(low), abs(high)))
     return f"{show(small).partition(' ')[0]} to {change(math.copysign(large, high), show)}"
 
-# %% ../../nbs/core/01_words.ipynb #cell-15
+# %% ../../nbs/core/01_words.ipynb #cell-32
 def p_value(p:float, digits:int=3)->str:
     "`p < 0.001`, `p = 0.0496`"
     if p < 0.001: return "p < 0.001"
     if 0.999 < p < 1: return "p > 0.999"
     return f"p = {p:.{digits}g}"
 
+# %% ../../nbs/core/01_words.ipynb #cell-35
 def duration(seconds:float|None)->str:
     "A time as people say it: `42 s`, `7 min`, `2.5 h`."
     if seconds is None: return "an unknown time"

@@ -6,7 +6,8 @@
 __all__ = ['Case', 'find_baselines', 'main_baseline', 'name_groups', 'make_case', 'nearest_baseline', 'rivals', 'named_group',
            'focus', 'by_baseline']
 
-# %% ../../nbs/evidence/02_case.ipynb
+# %% ../../nbs/evidence/02_case.ipynb #cell-02
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -18,7 +19,7 @@ from ..core.variants import profile_names, resolve
 from .groups import Group, select, split
 from .plans import planned_by
 
-# %% ../../nbs/evidence/02_case.ipynb #cell-08
+# %% ../../nbs/evidence/02_case.ipynb #cell-05
 @dataclass(frozen=True, eq=False)
 class Case:
     "The runs of one study in one profile, and where they come from."
@@ -29,81 +30,114 @@ class Case:
     baseline:Group|None            # what the others are compared with
     provenances:Mapping[str,dict]  # provenance.json by "study/profile/variant/batch"
     own:bool                       # runs of this project, in one of its profiles; otherwise published elsewhere
-    plans:Mapping[str,SweepPlan]|None=None  # that were frozen for them; the column `plan` of rows and groups names each run's. None: nobody looked
+    plans:Mapping[str,SweepPlan]|None=None  # frozen for these runs, see column `plan` of rows; None: nobody looked
 
     def provenance(self, variant:str, batch:str)->dict:
         "Where a batch comes from; empty if that was not recorded."
         return self.provenances.get(f"{self.study.name}/{self.profile}/{variant}/{batch}", {})
 
+# %% ../../nbs/evidence/02_case.ipynb #cell-07
 def find_baselines(
     groups:Iterable[Group],
-    own:bool,  # runs of this project, where the baseline is called so, and not published elsewhere
+    own:bool,  # runs of this project, and not published elsewhere
 )->list[Group]:
-    "The groups that others may be compared with: those of the variant `baseline`, or with that word in their name, whatever their settings."
+    "The groups that others may be compared with, whatever their settings."
     groups = [g for g in groups if len(g.runs)]
     exact = [g for g in groups if g.variant == "baseline"]
     return exact if own and exact else [g for g in groups if "baseline" in g.variant.lower()]
 
+# %% ../../nbs/evidence/02_case.ipynb #cell-09
 def main_baseline(
     baselines:Iterable[Group],
     plain:str|None=None,  # config_hash of the baseline as it is defined in params/
-)->Group|None:            # None where none, or several of different names, could be it
+)->Group|None:            # None if none, or several of different names, could be it
     "The one that a study is about: called `baseline`, or else the only name; as it is defined, or else with most runs."
     baselines = list(baselines)
     candidates = [g for g in baselines if g.variant == "baseline"] or baselines
-    return max(candidates, key=lambda g: (g.config_hash == plain, len(g.runs))) if len({g.variant for g in candidates}) == 1 else None
+    if len({g.variant for g in candidates}) != 1: return None
+    return max(candidates, key=lambda g: (g.config_hash == plain, len(g.runs)))
 
-# %% ../../nbs/evidence/02_case.ipynb #cell-09
+# %% ../../nbs/evidence/02_case.ipynb #cell-11
 def name_groups(groups:Iterable[Group])->tuple[Group,...]:
-    "The same groups with unique names: `variant`, or `variant@hash` where a variant has runs with several settings."
-    groups, count = list(groups), {}
-    for g in groups: count[g.variant] = count.get(g.variant, 0) + 1
-    return tuple(replace(g, name=g.variant if count[g.variant] == 1 else f"{g.variant}@{str(g.config_hash)[:6]}") for g in groups)
+    "The same groups with unique names: `variant`, or `variant@hash` if a variant has runs with several settings."
+    groups = list(groups)
+    times = Counter(g.variant for g in groups)
+    named = []
+    for group in groups:
+        unique = times[group.variant] == 1
+        name = group.variant if unique else f"{group.variant}@{str(group.config_hash)[:6]}"
+        named.append(replace(group, name=name))
+    return tuple(named)
 
+# %% ../../nbs/evidence/02_case.ipynb #cell-13
+def _plans_for(
+    plans:Mapping[str,SweepPlan],
+    study:str,
+    profile:str,
+)->dict[str,SweepPlan]:
+    "The plans of one study in one profile."
+    wanted = study, profile
+    return {name: plan for name, plan in plans.items() if (plan.design["study"], plan.design["profile"]) == wanted}
+
+# %% ../../nbs/evidence/02_case.ipynb #cell-15
 def make_case(
-    frame:pd.DataFrame,                         # of `read_runs`
+    frame:pd.DataFrame,                       # of `read_runs`
     study:Study,
-    profile:str|None=None,                      # the only one present by default
-    provenances:Mapping[str,dict]|None=None,    # by "study/profile/variant/batch"
-    plans:Mapping[str,SweepPlan]|None=None,    # of `read_plans`, of any study and profile
+    profile:str|None=None,                    # the only one present by default
+    provenances:Mapping[str,dict]|None=None,  # by "study/profile/variant/batch"
+    plans:Mapping[str,SweepPlan]|None=None,   # of `read_plans`, of any study and profile
 )->Case:
-    "Group the runs of one study in one profile. Raises `SpeedrunError` where there are none, or several profiles."
+    "Group the runs of one study in one profile. Raises `SpeedrunError` if there are none, or several profiles."
     rows = select(frame, study.name, profile)
     profile = rows["profile"].iloc[0]
     if plans is not None:
-        plans = {name: plan for name, plan in plans.items() if (plan.design["study"], plan.design["profile"]) == (study.name, profile)}
+        plans = _plans_for(plans, study.name, profile)
         rows = rows.assign(plan=planned_by(rows, plans))
-    groups = name_groups(split(rows))
-    own = profile in profile_names(study)
+    groups, own = name_groups(split(rows)), profile in profile_names(study)
     plain = resolve(study, "baseline", profile).config_hash if own else None
-    return Case(study, profile, rows, groups, main_baseline(find_baselines(groups, own), plain), provenances or {}, own, plans)
+    baseline = main_baseline(find_baselines(groups, own), plain)
+    return Case(study, profile, rows, groups, baseline, provenances or {}, own, plans)
 
-# %% ../../nbs/evidence/02_case.ipynb #cell-15
-def _format(case:Case, group:Group)->str|None:
+# %% ../../nbs/evidence/02_case.ipynb #cell-19
+def _log_format(case:Case, group:Group)->str|None:
     "How a group's runs were logged; None for runs of this project."
-    return (case.provenance(group.variant, group.runs["batch"].iloc[0]).get("source") or {}).get("format")
+    provenance = case.provenance(group.variant, group.runs["batch"].iloc[0])
+    return (provenance.get("source") or {}).get("format")
 
-def _likeness(a:Group, b:Group)->tuple:
+def _clocks(group:Group)->set[str]:
+    return set(group.runs["clock"].dropna()) if "clock" in group.runs else set()
+
+def _likeness(a:Group, b:Group)->tuple[bool,int]:
     "Is the clock the same, and how many settings are equal, less how many differ?"
     one, other = a.config or {}, b.config or {}
-    clocks = [set(g.runs["clock"].dropna()) if "clock" in g.runs else set() for g in (a, b)]
-    return clocks[0] == clocks[1], sum(1 if one[name] == other[name] else -1 for name in one.keys() & other.keys())
+    agreement = sum(1 if one[name] == other[name] else -1 for name in one.keys() & other.keys())
+    return _clocks(a) == _clocks(b), agreement
 
+# %% ../../nbs/evidence/02_case.ipynb #cell-21
 def nearest_baseline(case:Case, group:Group)->Group|None:
-    "What a group is compared with; None for a baseline, and where nothing is alike."
+    "What a group is compared with; None for a baseline, and if nothing is alike."
     candidates = find_baselines(case.groups, case.own)
-    if not len(group.runs) or any(g is group for g in candidates): return None
-    alike = [g for g in candidates if _format(case, g) == _format(case, group)]
-    return max(alike, key=lambda g: (_likeness(g, group), g.variant == "baseline", len(g.runs)), default=None)
+    is_baseline = any(g is group for g in candidates)
+    if is_baseline or not len(group.runs): return None
+    logged = _log_format(case, group)
+    alike = [g for g in candidates if _log_format(case, g) == logged]
 
+    def preference(candidate): return _likeness(candidate, group), candidate.variant == "baseline", len(candidate.runs)
+    return max(alike, key=preference, default=None)
+
+# %% ../../nbs/evidence/02_case.ipynb #cell-23
 def rivals(case:Case, baseline:Group)->list[Group]:
     "The groups that are compared with a baseline."
-    return [g for g in case.groups if (near := nearest_baseline(case, g)) and near.name == baseline.name]
+    nearest = [(g, nearest_baseline(case, g)) for g in case.groups]
+    return [g for g, near in nearest if near and near.name == baseline.name]
 
 def named_group(case:Case, group:Group)->Group:
-    "The group as the case names it; itself where the case does not have it."
-    return next((g for g in case.groups if (g.variant, g.config_hash) == (group.variant, group.config_hash)), group)
+    "The group as the case names it; itself if the case does not have it."
+    for known in case.groups:
+        if (known.variant, known.config_hash) == (group.variant, group.config_hash): return known
+    return group
 
+# %% ../../nbs/evidence/02_case.ipynb #cell-25
 def focus(
     case:Case,
     baseline:Group|None,
@@ -111,14 +145,19 @@ def focus(
 )->Case:
     "The part of a case that some groups are in."
     groups = tuple(groups)
-    keys = pd.MultiIndex.from_tuples([(g.variant, str(g.config_hash)) for g in groups], names=["variant", "config_hash"])
-    mine = pd.MultiIndex.from_arrays([case.rows["variant"], case.rows["config_hash"].astype(str)]).isin(keys)
-    return replace(case, rows=case.rows[mine], groups=groups, baseline=baseline)
+    keys = [(g.variant, str(g.config_hash)) for g in groups]
+    wanted = pd.MultiIndex.from_tuples(keys, names=["variant", "config_hash"])
+    theirs = pd.MultiIndex.from_arrays([case.rows["variant"], case.rows["config_hash"].astype(str)])
+    return replace(case, rows=case.rows[theirs.isin(wanted)], groups=groups, baseline=baseline)
 
+# %% ../../nbs/evidence/02_case.ipynb #cell-27
 def by_baseline(case:Case)->list[Case]:
     "A case for each baseline with what is compared with it, and one for the rest."
     nearest = {g.name: nearest_baseline(case, g) for g in case.groups}
-    found = {b.name: b for b in nearest.values() if b}
-    parts = [focus(case, b, [b, *(g for g in case.groups if nearest[g.name] is b)]) for b in found.values()]
+    found = {baseline.name: baseline for baseline in nearest.values() if baseline}
+    parts = []
+    for baseline in found.values():
+        compared = [g for g in case.groups if nearest[g.name] is baseline]
+        parts.append(focus(case, baseline, [baseline, *compared]))
     rest = [g for g in case.groups if nearest[g.name] is None and g.name not in found]
     return parts + ([focus(case, None, rest)] if rest else [])

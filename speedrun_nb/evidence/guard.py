@@ -26,6 +26,7 @@ class Equivalence:
     p:float                   # the larger of the two one-sided p-values
     ci90:tuple[float,float]   # of variant minus baseline
 
+# %% ../../nbs/evidence/05_guard.ipynb #cell-07
 @dataclass(frozen=True)
 class GuardResult:
     "A non-inferiority test. Values in the metric's stored unit."
@@ -38,9 +39,20 @@ class GuardResult:
     lower_bound:float|None        # worse by at least this, one-sided 95 % bound on the other side
     p:float|None                  # one-sided p of "worse by the margin or more"
     outcome:str                   # kept, broken or undecided
-    equivalence:Equivalence|None  # None where the runs allow no estimate
+    equivalence:Equivalence|None  # None if the runs allow no estimate
 
-# %% ../../nbs/evidence/05_guard.ipynb #cell-07
+# %% ../../nbs/evidence/05_guard.ipynb #cell-09
+def _equivalence(estimate:Estimate, margin:float, enough:bool)->Equivalence:
+    "Two one-sided tests, of which the less certain counts."
+    p = max(estimate.p("greater", at=-margin), estimate.p("less", at=margin))
+    return Equivalence(enough and p < ALPHA, p, estimate.interval(2 * LEVEL - 1))
+
+def _outcome(kept:float, broken:float, enough:bool)->str:
+    "The word for two one-sided p-values."
+    if enough and kept < ALPHA: return "kept"
+    return "broken" if enough and broken < ALPHA else "undecided"
+
+# %% ../../nbs/evidence/05_guard.ipynb #cell-11
 def guard(
     estimate:Estimate|None,
     metric:Metric,
@@ -48,20 +60,24 @@ def guard(
     baseline:Description,  # of the guarded metric
     variant:Description,
 )->GuardResult:
-    "One-sided tests of an estimate against a margin. Raises `SpeedrunError` for a margin that is not a number from 0 up."
-    if not 0 <= margin < math.inf: raise SpeedrunError(f"the margin of {metric.name} is {margin}; it takes a number from 0 up, in the metric's unit")
+    "One-sided tests of an estimate against a margin. Raises `SpeedrunError` for a margin below 0 or not finite."
+    if not 0 <= margin < math.inf:
+        raise SpeedrunError(f"the margin of {metric.name} is {margin}; "
+                            "it takes a number from 0 up, in the metric's unit")
     if estimate is None:
         difference = variant.mean - baseline.mean if variant.n and baseline.n else None
         return GuardResult(metric.name, margin, baseline, variant, difference, None, None, None, "undecided", None)
-    worse, better, sign = ("greater", "less", 1) if metric.better == "lower" else ("less", "greater", -1)
-    kept, broken = (estimate.p(side, at=sign * margin) for side in (better, worse))
-    enough, ci90 = min(baseline.n, variant.n) >= MINIMUM_RUNS, estimate.interval(2 * LEVEL - 1)
-    p = max(estimate.p("greater", at=-margin), estimate.p("less", at=margin))
-    lower_bound, bound = sorted(sign * edge for edge in ci90)
-    outcome = "kept" if enough and kept < ALPHA else "broken" if enough and broken < ALPHA else "undecided"
-    return GuardResult(metric.name, margin, baseline, variant, estimate.absolute, bound, lower_bound, kept, outcome, Equivalence(enough and p < ALPHA, p, ci90))
+    sign = 1 if metric.better == "lower" else -1
+    less, more = ("less", "greater") if sign == 1 else ("greater", "less")
+    kept, broken = estimate.p(less, at=sign * margin), estimate.p(more, at=sign * margin)
+    enough = min(baseline.n, variant.n) >= MINIMUM_RUNS
+    equivalence = _equivalence(estimate, margin, enough)
+    lower_bound, bound = sorted(sign * edge for edge in equivalence.ci90)
+    return GuardResult(
+        metric.name, margin, baseline, variant, estimate.absolute, bound, lower_bound, p=kept,
+        outcome=_outcome(kept, broken, enough), equivalence=equivalence)
 
-# %% ../../nbs/evidence/05_guard.ipynb #cell-09
+# %% ../../nbs/evidence/05_guard.ipynb #cell-13
 def non_inferiority(
     variant:Iterable,   # one value a run
     baseline:Iterable,  # one value a run, the same unit
@@ -71,6 +87,7 @@ def non_inferiority(
     "One-sided Welch tests of the variant against a margin."
     return guard(welch_estimate(variant, baseline), metric, margin, describe(baseline), describe(variant))
 
+# %% ../../nbs/evidence/05_guard.ipynb #cell-15
 def guard_groups(
     baseline:Group,
     variant:Group,
@@ -78,4 +95,5 @@ def guard_groups(
     margin:float,  # largest tolerable worsening, in the stored unit
 )->GuardResult:
     "The guard by the estimate that the design asks for: within strata, in pairs, or Welch's."
-    return guard(choose_estimate(baseline, variant, metric), metric, margin, *(describe(g.values(metric.name)) for g in (baseline, variant)))
+    described = [describe(g.values(metric.name)) for g in (baseline, variant)]
+    return guard(choose_estimate(baseline, variant, metric), metric, margin, *described)

@@ -8,7 +8,7 @@ __all__ = []
 # %% ../../nbs/gpt/15_main.ipynb #cell-02
 import sys
 
-from ..core.batch import train_batch
+from ..core.progress import train_batch
 
 # %% ../../nbs/gpt/15_main.ipynb #cell-03
 if __name__ == "__main__" and globals().get("__spec__"):  # run with `python -m`, not as a notebook

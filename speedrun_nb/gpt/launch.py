@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from ..core.errors import SpeedrunError
-from ..core.provenance import cpu_cores
+from ..core.machine import cpu_cores
 from ..core.records import Progress, Ready, Result
 from ..core.settings import to_flat
 from ..core.study import project_root

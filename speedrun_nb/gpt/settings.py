@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core.data import HubDataSet
+from ..core.files import HubDataSet
 from ..core.settings import setting
 from ..core.study import Metric, Study, Target
 

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core.data import cache_folder, data_folders
 from ..core.errors import SpeedrunError
+from ..core.files import cache_folder, data_folders
 from ..core.records import write_json
 from .settings import Data
 from .text import embedded_tokens

@@ -27,9 +27,9 @@ from pathlib import Path
 import numpy as np
 
 import speedrun_nb
-from ..core.data import file_sha256
 from ..core.errors import SpeedrunError, one_of
-from ..core.provenance import cpu_cores
+from ..core.hub import file_sha256
+from ..core.machine import cpu_cores
 from ..core.records import write_json
 from ..core.study import load_study
 from ..core.variants import resolve

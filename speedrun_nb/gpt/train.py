@@ -23,10 +23,10 @@ from pathlib import Path
 
 import torch
 
-from ..core.batch import read_seeds
 from ..core.clock import peak_memory, reset_peak_memory, synchronize
 from ..core.device import autocast, has_bf16, keep_freed_memory, seeded_generator
 from ..core.errors import SpeedrunError
+from ..core.parameters import read_seeds
 from ..core.records import Progress, Ready, Result
 from ..core.settings import config_hash, to_flat
 from ..core.study import load_study

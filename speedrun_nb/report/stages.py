@@ -118,7 +118,7 @@ def whole_settings(
 )->dict|None:             # by dotted name; None where the study has no published size
     "All settings of a run."
     if stage.own or "full" not in profile_names(stage.study): return dict(config or {}) or None
-    name = without_stage(variant)
+    name = without_stage(stage.study, variant)
     known = resolve(stage.study, name if name in variant_names(stage.study) else "baseline", "full").flat
     return known | {key: value for key, value in (config or {}).items() if key in known}
 

@@ -22,9 +22,10 @@ from ..core.settings import read_yaml
 from ..core.study import Study, from_root, load_study, study_names
 from ..core.variants import Variant, claim_of, profile_names, resolve, variant_names, without_stage
 from ..evidence.case import Case, by_baseline, make_case, nearest_baseline, rivals
-from ..evidence.comparison import Comparison, compare_in
+from ..evidence.comparison import Comparison
 from ..evidence.frontier import budget_groups
 from ..evidence.groups import Group
+from ..evidence.verdict import compare_in
 
 # %% ../../nbs/report/01_study.ipynb #cell-05
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def _compared_here(case:Case)->Compared:
 # %% ../../nbs/report/01_study.ipynb #cell-13
 def _published_variant(case:Case, baseline:Group, group:Group)->Variant:
     "A variant by what its logs show, with the title of ours that it is named after."
-    name = without_stage(group.variant)
+    name = without_stage(case.study, group.variant)
     known = read_yaml(case.study.params / f"{name}.yaml") if name in variant_names(case.study) else {}
     return Variant(
         study=case.study, name=group.name, profile=case.profile, title=known.get("title", group.variant),

@@ -5,6 +5,7 @@ import re
 import shutil
 
 import pytest
+from simulate import simulated_runs
 import requests
 from conftest import BIN, ROOT, call, copy_project, strict_json, stub_train
 
@@ -15,7 +16,6 @@ from speedrun_nb.core.batch import run_batch
 from speedrun_nb.core.parameters import plan_batch
 from speedrun_nb.core.errors import SpeedrunError
 from speedrun_nb.core.records import FIELDS, Ready, Result, append_record
-from speedrun_nb.report.study import made_up_runs
 from speedrun_nb.sweep.file import promoted_file, read_stage, read_sweep
 from speedrun_nb.sweep.slots import Slot
 
@@ -42,7 +42,7 @@ VARIANTS = ["baseline", "det_crop", "det_crop_backoff", "det_crop_then_random", 
 def simulated(tmp_path_factory):
     "Eight simulated runs of three variants: one faster and better, one slower."
     folder = tmp_path_factory.mktemp("simulated")
-    made_up_runs(folder, effects={"baseline": (0, 0), "det_crop": (-0.4, 0.01), "random_crop_backoff": (0.4, 0)})
+    simulated_runs(folder, effects={"baseline": (0, 0), "det_crop": (-0.4, 0.01), "random_crop_backoff": (0.4, 0)})
     return folder
 
 
@@ -342,7 +342,7 @@ def test_runs_of_an_unknown_profile(speedrun, simulated):
 
 
 def test_half_written_line(speedrun, tmp_path):
-    made_up_runs(tmp_path, effects={"baseline": (0, 0), "det_crop": (-0.4, 0.01)})
+    simulated_runs(tmp_path, effects={"baseline": (0, 0), "det_crop": (-0.4, 0.01)})
     path = tmp_path / "cifar/demo/baseline/simulated/runs.jsonl"
     with path.open("ab") as file: file.write(b'{"run_id": "05b0bcfe5ceb8795", "stu')
     other = tmp_path / "cifar/demo/det_crop/simulated/runs.jsonl"
@@ -456,7 +456,7 @@ def test_compare_refuses(speedrun, simulated, arguments, expected):
 
 def test_profiles_are_never_merged(speedrun, tmp_path):
     for profile in ("demo", "cpu"):
-        made_up_runs(tmp_path, profile=profile, effects={"baseline": (0, 0), "det_crop": (-0.4, 0.01)})
+        simulated_runs(tmp_path, profile=profile, effects={"baseline": (0, 0), "det_crop": (-0.4, 0.01)})
     told = speedrun("compare", "cifar", "baseline", "det_crop", "--outputs", tmp_path)
     assert told.code == 1 and told.out == "" and "several profiles" in told.err and "demo" in told.err
     assert "cpu" in told.err
@@ -469,7 +469,7 @@ def test_profiles_are_never_merged(speedrun, tmp_path):
 @pytest.mark.parametrize("profile, synthetic", [("demo", True), ("cpu", False)])
 def test_the_notice_is_that_of_the_compared_runs(speedrun, tmp_path, profile, synthetic):
     for name in ("demo", "cpu"):
-        made_up_runs(tmp_path, profile=name, effects={"baseline": (0, 0), "det_crop": (-0.4, 0.01)})
+        simulated_runs(tmp_path, profile=name, effects={"baseline": (0, 0), "det_crop": (-0.4, 0.01)})
     done = speedrun("compare", "cifar", "baseline", "det_crop", "--outputs", tmp_path, "--profile", profile)
     assert done.code == 0 and ("synthetic images, not with CIFAR-10" in done.out) == synthetic
 

@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from simulate import simulated_runs
 
 from speedrun_nb.core.errors import SpeedrunError
 import speedrun_nb.render.built_in as built_in
 from speedrun_nb.render.render import render
-from speedrun_nb.report.study import made_up_runs
 
 PAPER = Path(__file__).parent / "render"
 
@@ -368,9 +368,9 @@ def test_language_models_without_runs(papers):
 
 def test_papers_of_a_profile_that_one_study_lacks(papers, monkeypatch):
     outputs = papers.parent / "outputs"
-    made_up_runs(outputs, effects={"baseline": (0, 0)}, runs=2)
+    simulated_runs(outputs, effects={"baseline": (0, 0)}, runs=2)
     effects = {"baseline": (0, 0), "kv_1": (-1, 0.05), "palm_parallel": (-2, 0.005)}
-    for profile, runs in (("demo", 2), ("stage_a", 5)): made_up_runs(outputs, "gpt", profile, effects, runs=runs)
+    for profile, runs in (("demo", 2), ("stage_a", 5)): simulated_runs(outputs, "gpt", profile, effects, runs=runs)
     monkeypatch.setenv("SPEEDRUN_PROFILE", "stage_a")
     made = {path.name: path for path in render(papers, ["cifar10", "nanogpt"], engine="built-in").outputs}
     cifar, gpt = (words(made[name].read_text(encoding="utf-8")) for name in ("cifar10.html", "nanogpt.html"))

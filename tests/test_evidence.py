@@ -390,7 +390,8 @@ def test_json_shape():
     assert c["schema"] == 2
     assert list(c) == [
         "schema", "study", "profile", "metric", "better", "claim", "baseline", "variant", "difference", "tests",
-        "effect", "strata", "stratified", "paired", "guard", "frontier", "target", "family", "estimate", "findings", "verdict"]
+        "effect", "strata", "stratified", "paired", "guard", "frontier", "target", "family", "estimate", "findings",
+        "verdict"]
     side = [*DESCRIBED, "name", "variant", "config_hash", "failed", "diverged", "duplicates"]
     assert list(c["baseline"]) == list(c["variant"]) == side
     assert set(c["difference"]) == {"absolute", "relative", "ci95", "ci95_relative", "bca95", "better"}

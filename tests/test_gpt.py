@@ -59,7 +59,7 @@ def start_batch(seed, outputs, **options):
     words = dict(profile="demo", overrides=json.dumps(LONG), seeds=f"[{seed}]", outputs=str(outputs))
     command = [sys.executable, "-m", "speedrun_nb.gpt"]
     for name, value in words.items(): command += ["-p", name, value]
-    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # where a shell runs it in the background too
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # also in the background of a shell
     return subprocess.Popen(command, text=True, preexec_fn=heed, **options)
 
 

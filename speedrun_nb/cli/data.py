@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Log', 'LogStudy', 'LogVariant', 'LogHost', 'MapFile', 'data_app', 'DataName', 'Shards', 'TextFiles', 'ShardFolder',
-           'ShardName', 'Encoding', 'Column', 'Validation', 'ShardTokens', 'Processes', 'print_import',
-           'import_command', 'data_fetch', 'data_check', 'tokenize_command']
+           'ShardName', 'Encoding', 'Column', 'Validation', 'ShardTokens', 'Encoders', 'print_import', 'import_command',
+           'data_fetch', 'data_check', 'tokenize_command']
 
 # %% ../../nbs/cli/03_data.ipynb #cell-02
 import sys
@@ -102,7 +102,7 @@ Column = Annotated[str, typer.Option(help="Where the text is in .jsonl and .parq
 Validation = Annotated[str, typer.Option(
     help="What to validate on: a share of the text (at most ten million tokens), or a number of tokens.")]
 ShardTokens = Annotated[int, typer.Option(help="Tokens a shard.")]
-Processes = Annotated[int | None, option(help="How many encode; by default as many as there are processors.")]
+Encoders = Annotated[int | None, option(help="How many encode; by default as many as there are processors.")]
 
 # %% ../../nbs/cli/03_data.ipynb #cell-13
 def tokenize_command(
@@ -113,7 +113,7 @@ def tokenize_command(
     column:Column="text",
     validation:Validation="0.1",
     shard_tokens:ShardTokens=100_000_000,
-    processes:Processes=None,
+    processes:Encoders=None,
     as_json:JSON=False,
 ):
     """Turn text into token shards to train GPT on, a part split off for validation.

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAIR_EXPECTED', 'Parameters', 'sweep_app', 'SHOWN', 'DryRun', 'WatchBudget', 'Engine', 'Address', 'Resource',
-           'StatusFile', 'LaterStage', 'join_pairs', 'split_pairs', 'run_command', 'make_engine', 'print_plan',
+           'StatusFile', 'StageFile', 'join_pairs', 'split_pairs', 'run_command', 'make_engine', 'print_plan',
            'report_end', 'sweep_run', 'sweep_status', 'promote_command', 'ledger_command']
 
 # %% ../../nbs/cli/01_run.ipynb #cell-02
@@ -193,10 +193,10 @@ def sweep_status(file:StatusFile=None, outputs:Outputs="outputs", as_json:JSON=F
     print_rows(rows, as_json, file)
 
 # %% ../../nbs/cli/01_run.ipynb #cell-18
-LaterStage = Annotated[str, argument(
+StageFile = Annotated[str, argument(
     "The sweep file of the later stage, such as params/sweeps/gpt_stage_b.yaml, or its name.")]
 
-def promote_command(file:LaterStage, outputs:Outputs="outputs", as_json:JSON=False):
+def promote_command(file:StageFile, outputs:Outputs="outputs", as_json:JSON=False):
     """Decide what a later stage runs: read the evidence of the stage before, apply the rule in its sweep file,
     write the list with the reasons.
 

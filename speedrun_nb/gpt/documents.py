@@ -116,7 +116,7 @@ def json_documents(path:Path, column:str, tell:Callable[[int], None])->Iterator[
 # %% ../../nbs/gpt/17_documents.ipynb #cell-18
 _PARQUET_ROWS = 256  # read at once
 
-def open_parquet(path:Path, column:str)->"pyarrow.parquet.ParquetFile":  # noqa: F821  imported only where it is used
+def open_parquet(path:Path, column:str): # a pyarrow.parquet.ParquetFile
     "Open and look for the column. Raises `SpeedrunError`."
     try: import pyarrow.parquet
     except ModuleNotFoundError:

@@ -160,7 +160,8 @@ def measure_planning(sizes):
 # our share of a batch
 
 STAND_IN = """
-from speedrun_nb.core.batch import plan_batch, run_batch
+from speedrun_nb.core.batch import run_batch
+from speedrun_nb.core.parameters import plan_batch
 from speedrun_nb.core.records import Ready, Result
 def _train(settings, seeds):
     yield Ready("cpu", "fp32", 1, 0.0, {"embedded": "0" * 64})
@@ -279,8 +280,8 @@ def measure_share(batches, cells):
 # the start of a kernel
 
 IMPORTS = {
-    "parameters": "from speedrun_nb.core.batch import ProgressBars, notebook_parameters",
-    "training (torch)": "from speedrun_nb.core.batch import plan_batch, run_batch",
+    "parameters": "from speedrun_nb.core.parameters import notebook_parameters, plan_batch",
+    "training (torch)": "import speedrun_nb.cifar.train",
     "results (pandas, matplotlib)": "from IPython.display import Markdown\n"
                                     "from speedrun_nb.report.style import batch_curves, batch_table",
 }

@@ -34,7 +34,8 @@ TINY = ('{"data.train_images": [200], "whitening.images": [100], "train.batch_si
         '"model.widths": [[8, 8, 8]]}')
 STUB = """
 import os, signal, time
-from speedrun_nb.core.batch import notebook_parameters, plan_batch, run_batch
+from speedrun_nb.core.batch import run_batch
+from speedrun_nb.core.parameters import notebook_parameters, plan_batch
 from speedrun_nb.core.records import Ready, Result
 _given = {name: value for name, value in globals().items() if name not in ("os", "signal", "time")}
 _plan = plan_batch("cifar", **notebook_parameters(_given))

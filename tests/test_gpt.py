@@ -14,7 +14,7 @@ import papermill
 import pytest
 import torch
 
-from speedrun_nb.core import batch
+from speedrun_nb.core import parameters
 from speedrun_nb.core.batch import run_batch
 from speedrun_nb.core.errors import SpeedrunError
 from speedrun_nb.core.provenance import read_provenance
@@ -28,7 +28,7 @@ from speedrun_nb.gpt.train import train_seeds
 
 pytestmark = pytest.mark.usefixtures("one_thread_each")
 STUDY = load_study("gpt")
-plan_batch = functools.partial(batch.plan_batch, "gpt", profile="demo")
+plan_batch = functools.partial(parameters.plan_batch, "gpt", profile="demo")
 TINY = {"model.layers": 2, "model.width": 24, "model.heads": 2, "data.sequence_length": 16,
         "train.batch_size": 8, "train.device_batch_size": 2, "train.iterations": 14, "train.precision": "fp32",
         "schedule.warmdown_iterations": 4, "evaluation.every": 5, "evaluation.tokens": 256}

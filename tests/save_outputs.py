@@ -94,7 +94,7 @@ def execute(path: Path) -> list[list[dict]]:
 
     os.environ["IN_TEST"] = "1"
     os.chdir(path.parent)
-    shell, notebook, outputs = CaptureShell(path), read(path), []
+    shell, notebook, outputs = CaptureShell(path, mpl_format="png"), read(path), []
     for cell in dict2nb(notebook).cells:
         runs = cell.cell_type == "code" and not re.search(r"(?m)^#\|\s*(eval:\s*false|slow)", cell.source)
         if runs: shell.cell(cell)

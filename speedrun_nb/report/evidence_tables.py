@@ -15,12 +15,12 @@ from functools import partial
 
 from ..audit.findings import Finding
 from ..core.study import Metric
-from ..core.words import amount, count, finer, half, percent, relative_amount, size, span
+from ..core.words import NBSP, amount, count, finer, half, percent, relative_amount, size, span
 from ..evidence.comparison import Comparison
 from ..evidence.target import target_rows
 from .study import StudyReport
 from .style import markdown
-from .tables import NBSP, RELATIVE, p_cell, signed_with_interval
+from .tables import RELATIVE, p_cell, signed_with_interval
 
 # %% ../../nbs/report/03_evidence_tables.ipynb #cell-06
 def _resolved(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['profiles_with_runs', 'main_profile', 'Stage', 'load_stages', 'stages_table', 'stages_sentence', 'whole_settings',
-           'sizes_of', 'published_note', 'tokens_of', 'mean_of_known', 'significant', 'millions', 'tokens_table']
+           'sizes_of', 'published_note', 'tokens_of', 'mean_of_known', 'millions', 'tokens_table']
 
 # %% ../../nbs/report/05_stages.ipynb #cell-02
 import math
@@ -18,7 +18,7 @@ from ..core.provenance import read_provenances
 from ..core.runs import read_runs
 from ..core.study import Metric, Study, from_root, load_study
 from ..core.variants import profile_names, resolve, variant_names, without_stage
-from ..core.words import count, listed
+from ..core.words import count, listed, significant
 from ..evidence.case import make_case
 from ..evidence.groups import Group
 from .study import StudyReport, compared
@@ -152,17 +152,6 @@ def mean_of_known(values:Iterable[float|None])->float|None:
     "The mean of what is known; None where nothing is."
     known = [value for value in values if value is not None and math.isfinite(value)]
     return sum(known) / len(known) if known else None
-
-# %% ../../nbs/report/05_stages.ipynb #cell-29
-def significant(
-    value:float|None,
-    digits:int=4,
-)->str|None:
-    "A number with so many significant digits: `2,674`, `0.1434`."
-    if value is None: return None
-    if value == 0: return "0"
-    decimals = digits - 1 - math.floor(math.log10(abs(value)))
-    return f"{value:,.{max(0, decimals)}f}"
 
 # %% ../../nbs/report/05_stages.ipynb #cell-30
 def millions(value:float|None)->str|None: return None if value is None else significant(value * 1e-6)

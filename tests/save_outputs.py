@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NAME = "speedrun_nb"
 KEY = "outputs_of"                 # metadata of a notebook: the code that its outputs come from
 WITH = "outputs_with"              # and the modules that it used
-LONGEST_TEXT, LARGEST_IMAGE = 4_000, 80_000  # characters
+LONGEST_TEXT, LARGEST_IMAGE = 12_000, 80_000  # characters
 SKIPPED = ("run_*.ipynb", "explore.ipynb", "cluster.ipynb")
 
 
@@ -152,16 +152,18 @@ def keep(first: list[dict], second: list[dict], traces: re.Pattern) -> list[dict
 def save(path: Path) -> int:
     "Run a notebook twice and save what it shows. The number of cells that show something."
     first, second = run_apart(path), run_apart(path)
-    notebook, traces, shown = read(path), of_this_machine(), 0
+    notebook, traces, shown, dropped = read(path), of_this_machine(), 0, 0
     for cell, one, other in zip(notebook["cells"], first, second, strict=True):
         if cell["cell_type"] != "code": continue
         hidden = source_of(cell).startswith("#| hide")
         cell["outputs"] = [] if hidden else keep(one, other, traces)
         shown += bool(cell["outputs"])
+        dropped += bool(one) and not hidden and not cell["outputs"]
     code = code_of(notebook)
     notebook["metadata"] |= {KEY: digest(code), WITH: digest(used_modules(code))}
     path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
-    print(f"{path.relative_to(ROOT)}: {shown} cells show something", flush=True)
+    left_out = f"; {dropped} dropped: too large, of this machine, or not the same twice" if dropped else ""
+    print(f"{path.relative_to(ROOT)}: {shown} cells show something{left_out}", flush=True)
     return shown
 
 

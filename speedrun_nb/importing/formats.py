@@ -115,7 +115,7 @@ class ImportedBatch:
     variant:str              # what the log calls the experiment
     config:dict              # settings in effect, by dotted name
     runs:tuple[ImportedRun, ...]
-    clock:str|None=None      # what time_seconds measures; None: what the study's own clock does
+    clock:str|None=None      # what time_seconds measures; None only where the log's clock is the study's
     facts:dict = field(default_factory=dict)  # what provenance.json gets; see `import_provenance`
     notes:tuple[str, ...] = ()
     device:str|None=None     # "cuda", "cpu"

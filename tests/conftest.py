@@ -32,7 +32,8 @@ TINY_WORDS = "data.train_images=500 whitening.images=200 train.batch_size=100 tr
 
 def pytest_collection_modifyitems(items):
     "The longest files first: each stays on one process, and the last should not have to be waited for."
-    items.sort(key=lambda item: item.path.stem not in ("test_sweep", "test_ray", "test_gpt", "test_batches"))
+    longest = ("test_sweep", "test_ray", "test_gpt", "test_demo", "test_batches")
+    items.sort(key=lambda item: item.path.stem not in longest)
 
 
 def environment(**changes):

@@ -8,6 +8,7 @@ __all__ = ['project_root', 'from_root', 'Metric', 'Guard', 'Claim', 'Target', 'r
 
 # %% ../../nbs/core/03_study.ipynb #cell-02
 import configparser
+import functools
 import importlib.util
 import math
 from collections.abc import Callable, Mapping
@@ -174,6 +175,7 @@ class Study:
         return project_root() / "params" / self.name
 
 # %% ../../nbs/core/03_study.ipynb #cell-32
+@functools.cache
 def _makes_study(path:Path)->bool: return "\nSTUDY = " in path.read_text(encoding="utf-8")
 
 def study_names()->list[str]:

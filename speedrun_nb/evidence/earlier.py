@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['batches_by_machine', 'UnitSpread', 'unit_spread', 'spread_words', 'seconds_of_runs', 'seconds_per_run',
-           'start_seconds', 'Cost', 'Rates', 'best_seeds', 'best_seeds_words']
+           'seconds_to_start', 'Cost', 'Rates', 'best_seeds', 'best_seeds_words']
 
 # %% ../../nbs/evidence/10_earlier.ipynb #cell-02
 from collections import defaultdict
@@ -102,9 +102,9 @@ def _cost_spread_words(found:UnitSpread, given:bool)->str:
     both = f"standard deviation {between} between batches beyond what their runs explain, {within} between runs of one"
     if given: return f"{both}, in the ratio that --between-ratio sets"
     if not c.seen:
-        return (f"no machine made more than one batch, so how much batches differ cannot be seen. This plan takes "
-                f"{USUAL_RATIO:g} times what runs of a batch differ by ({within}); published runs have 0.4 to 2.4 times. "
-                "--between-ratio sets another number, and more batches show it")
+        return ("no machine made more than one batch, so how much batches differ cannot be seen. "
+                f"This plan takes {USUAL_RATIO:g} times what runs of a batch differ by ({within}); "
+                "published runs have 0.4 to 2.4 times. --between-ratio sets another number, and more batches show it")
     if not c.within_df:
         return (f"each batch has one run, so what batches and what runs differ by ({between}) cannot be told apart. "
                 "All of it is taken to be between batches, which more runs a batch do not average away")
@@ -152,7 +152,7 @@ def _wall_seconds(
     started, ended = map(pd.Timestamp, times)
     return (ended - started).total_seconds()
 
-def start_seconds(
+def seconds_to_start(
     case:Case,
     group:Group,
 )->float|None:  # of a batch, on average; None if no batch recorded its times

@@ -8,8 +8,6 @@ __all__ = ['FIRST_EFFECT', 'claims_about', 'read_margin', 'power_of_case', 'Pros
 # %% ../../nbs/evidence/10_questions.ipynb #cell-02
 from dataclasses import dataclass
 
-import pandas as pd
-
 from ..core.errors import SpeedrunError, nearest, one_of
 from ..core.study import Claim, Guard, Metric, Study
 from ..core.variants import claim_of, plain_hashes, variant_names
@@ -21,14 +19,14 @@ from speedrun_nb.evidence.earlier import (
     best_seeds,
     best_seeds_words,
     seconds_per_run,
+    seconds_to_start,
     spread_words,
-    start_seconds,
     unit_spread,
 )
 from .groups import Group, find_group
 from speedrun_nb.evidence.power_analysis import (
     Asked,
-    Part,
+    PlanPart,
     PowerAnalysis,
     parse_claim,
     parse_effect,
@@ -114,7 +112,7 @@ def power_of_case(
     group = _named(case, baseline)
     return power_analysis(
         group, planned, question, kept=guard and study.metrics[guard.metric], price_per_hour=price,
-        start_seconds=start_seconds(case, group), notes=(*said_claim, *said_effect, *said_guard))
+        start_seconds=seconds_to_start(case, group), notes=(*said_claim, *said_effect, *said_guard))
 
 # %% ../../nbs/evidence/10_questions.ipynb #cell-18
 @dataclass(frozen=True)
@@ -144,7 +142,7 @@ class Prospect:
                 f"{percent(self.detectable, 2)} ({upper} if the spread is at its upper 80 % limit)")
 
 # %% ../../nbs/evidence/10_questions.ipynb #cell-19
-def _smallest_effects(asked:Asked, blocks:int, part:Part, better:str)->list[float|None]:
+def _smallest_effects(asked:Asked, blocks:int, part:PlanPart, better:str)->list[float|None]:
     "The smallest true effects for which the claim is supported, at the estimated spread and at its upper limit."
     both = part.hurdles, part.hurdles_upper
     return [detectable_effect(blocks, first, asked.at_least, better, others, asked.wanted) for first, *others in both]
@@ -170,7 +168,7 @@ def prospect(
     kept = guard and case.study.metrics[guard.metric]
     quality = kept and unit_spread(group, kept, seeds, relative=False)
     whole, *_ = plan_parts(asked, metric, found, kept, quality)
-    rates = Rates(seconds_per_run(group), start_seconds(case, group))
+    rates = Rates(seconds_per_run(group), seconds_to_start(case, group))
     notes = spread_words(found, metric, group.name, between_ratio is not None), best_seeds_words(found, rates)
     return Prospect(group.name, blocks, seeds, claim.at_least, wanted, found, rates, best_seeds(found, rates),
                     *_smallest_effects(asked, blocks, whole, metric.better), notes)

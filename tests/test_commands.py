@@ -100,7 +100,7 @@ def test_help_names_every_command(speedrun):
         ("compare", ["--json", "--metric", "--where", "--profile", "--outputs"]),
         ("audit", ["--json", "--profile", "--outputs"]),
         ("import", ["--study", "--variant", "--host", "--map", "--outputs", "--json"]),
-        ("power", ["--effect", "--claim", "--margin", "--family", "--seeds-per-batch", "--units", "--price", "--figure"]),
+        ("power", ["--claim", "--margin", "--family", "--seeds-per-batch", "--units", "--price", "--json"]),
         ("render", ["--engine", "--profile", "--outputs"]),
         ("data", ["fetch", "check"]),
         ("data fetch", ["Download a data set", "--shards"]),

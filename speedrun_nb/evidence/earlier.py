@@ -18,7 +18,14 @@ from ..core.study import Metric
 from ..core.words import count, p_value, percent, significant
 from .case import Case
 from .groups import Group, numbers_of, words_of
-from ..stats.components import USUAL_RATIO, Components, best_batch_size, components, unit_limit
+from speedrun_nb.stats.components import (
+    PUBLISHED_RATIOS,
+    USUAL_RATIO,
+    Components,
+    best_batch_size,
+    components,
+    unit_limit,
+)
 from ..stats.describe import finite, spread
 from ..stats.tests import ALPHA
 
@@ -50,7 +57,7 @@ class UnitSpread:
     relative:bool          # are standard deviations parts of the mean?
     components:Components
     sd:float               # of a unit
-    upper:float            # its upper 80 % confidence limit
+    upper:float            # its upper 80 % confidence limit, with the highest published ratio where that is guessed
 
 # %% ../../nbs/evidence/10_earlier.ipynb #cell-10
 def _too_few(group:Group, metric:Metric, runs:int, machines:int)->SpeedrunError:
@@ -90,9 +97,11 @@ def unit_spread(
     found = components(machines, None if metric.quality else between_ratio)
     by_batch = _are_batches_units(metric, found)
     if metric.quality and not found.seen: found = components(machines, ratio=0.0)
+    guessed = not (metric.quality or found.seen) and between_ratio is None
+    worst = components(machines, PUBLISHED_RATIOS[1]) if guessed else found
     n = seeds if by_batch else 1
     unit = "batch" if by_batch else "run"
-    return UnitSpread(metric.name, unit, mean, relative, found, sd=found.sd(n), upper=unit_limit(found, n))
+    return UnitSpread(metric.name, unit, mean, relative, found, sd=found.sd(n), upper=unit_limit(worst, n))
 
 # %% ../../nbs/evidence/10_earlier.ipynb #cell-15
 def _cost_spread_words(found:UnitSpread, given:bool)->str:
@@ -102,9 +111,11 @@ def _cost_spread_words(found:UnitSpread, given:bool)->str:
     both = f"standard deviation {between} between batches beyond what their runs explain, {within} between runs of one"
     if given: return f"{both}, in the ratio that --between-ratio sets"
     if not c.seen:
+        low, high = PUBLISHED_RATIOS
         return ("no machine made more than one batch, so how much batches differ cannot be seen. "
-                f"This plan takes {USUAL_RATIO:g} times what runs of a batch differ by ({within}); "
-                "published runs have 0.4 to 2.4 times. --between-ratio sets another number, and more batches show it")
+                f"The first numbers take {USUAL_RATIO:g} times what runs of a batch differ by ({within}), the second "
+                f"{high:g} times; published runs have {low:g} to {high:g} times. --between-ratio sets another number, "
+                "and more batches show it")
     if not c.within_df:
         return (f"each batch has one run, so what batches and what runs differ by ({between}) cannot be told apart. "
                 "All of it is taken to be between batches, which more runs a batch do not average away")

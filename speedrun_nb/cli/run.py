@@ -112,7 +112,7 @@ def print_plan(sweep, outputs:Path)->None:
     from speedrun_nb.sweep.costs import read_costs
     from speedrun_nb.sweep.show import dry_run
     from speedrun_nb.sweep.state import Cells
-    from speedrun_nb.sweep.watch import remarks
+    from speedrun_nb.sweep.remarks import remarks
     cells = Cells(sweep, outputs)
     rows, takes = dry_run(sweep, cells, read_costs(outputs, sweep.study.name))
     if rows: print_table(rows[:SHOWN])

@@ -107,6 +107,10 @@ def unit_of(comparison:Comparison)->str:
     basis = comparison.basis
     return {"blocks": "block", "hosts": "host"}.get(basis.method, basis.unit)
 
+def _plural(comparison:Comparison)->str:
+    "The same in the plural."
+    return count(2, unit_of(comparison)).removeprefix("2 ")
+
 def _there_are(comparison:Comparison)->str:
     "How many units there are."
     n = comparison.basis.units
@@ -154,7 +158,7 @@ def _no_interval(comparison:Comparison)->str:
     if basis.unit == "batch" and basis.units < 2:
         return ("There is one batch on a side: how much batches differ is not known, "
                 "and no test or interval can be computed.")
-    return (f"Within each group all gave the same value, so the spread between {unit_of(comparison)}s is not known, "
+    return (f"Within each group all gave the same value, so the spread between {_plural(comparison)} is not known, "
             "and no test or interval can be computed.")
 
 # %% ../../nbs/evidence/09_verdict.ipynb #cell-25

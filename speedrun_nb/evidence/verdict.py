@@ -22,7 +22,6 @@ from speedrun_nb.core.words import (
     finer,
     half,
     p_value,
-    percent,
     relative_amount,
     size,
     span,
@@ -266,7 +265,8 @@ def between_hosts(
     c = comparison
     if not c.hosts: return []
     reasons = [_pooled(c, metric)] if c.difference.ci95 else []
-    if c.across_hosts and (c.across_hosts.heterogeneous or on_these_machines(c)): reasons.append(_heterogeneity(c, metric))
+    differ = c.across_hosts and (c.across_hosts.heterogeneous or on_these_machines(c))
+    if differ: reasons.append(_heterogeneity(c, metric))
     excluded = _host_excludes(c) if c.claim else []
     if excluded: reasons.append(f"On {', '.join(excluded)} alone the claim is excluded.")
     return reasons
@@ -300,8 +300,9 @@ def family_reason(comparison:Comparison)->list[str]:
     c, related = comparison, comparison.family
     established = effect_outcome(c.estimate.ci95_relative, c.claim) == "established"
     if not related or not established or related.p_adjusted < ALPHA: return []
-    return [f"It is one of {related.size} variants compared with {c.baseline.name}: corrected for that (Holm), the test "
-            f"at the claim's border has {p_value(related.p_adjusted)}, which is not significant."]
+    corrected = f"corrected for that (Holm), the test at the claim's border has {p_value(related.p_adjusted)}"
+    return [f"It is one of {related.size} variants compared with {c.baseline.name}: {corrected}, "
+            "which is not significant."]
 
 # %% ../../nbs/evidence/09_verdict.ipynb #cell-50
 def pairing_reason(comparison:Comparison)->list[str]:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['reaches', 'Reach', 'reach', 'TargetResult', 'target', 'crossing', 'TimeToTarget', 'time_to_target', 'target_rows',
-           'lost_runs', 'started_runs', 'race_units', 'Arrivals', 'Race', 'run_race', 'race_rows', 'race_notes']
+           'lost_records', 'started_runs', 'race_units', 'Arrivals', 'Race', 'run_race', 'race_rows', 'race_notes']
 
 # %% ../../nbs/evidence/07_target.ipynb #cell-02
 import math
@@ -22,7 +22,7 @@ from ..core.words import count, finer, half, percent, relative_amount, size, spa
 from .groups import Group, numbers_of, words_of
 from ..stats.describe import finite, spread
 from speedrun_nb.stats.survival import (
-    Attempts, TimeRatio, cost_ratio, horizon_of, median_time, restricted_mean, restricted_ratio, share_interval,
+    RunTimes, TimeRatio, cost_ratio, horizon_of, median_time, restricted_mean, restricted_ratio, share_interval,
     success_cost)
 
 # %% ../../nbs/evidence/07_target.ipynb #cell-05
@@ -192,7 +192,7 @@ def target_rows(
     return rows
 
 # %% ../../nbs/evidence/07_target.ipynb #cell-45
-def lost_runs(
+def lost_records(
     records:pd.DataFrame,  # every record of the study and profile, as `Case.rows`
     group:Group,
 )->pd.DataFrame:
@@ -214,10 +214,10 @@ _WHERE = ("host_id", "sweep", "block", "batch")  # where and with what a run was
 
 def started_runs(
     group:Group,
-    lost:pd.DataFrame,            # of `lost_runs`
+    lost:pd.DataFrame,            # of `lost_records`
     target:Target,
     metrics:Mapping[str,Metric],  # of the study
-)->pd.DataFrame:                  # columns times, spent (see `Attempts`), host_id, sweep, block and batch
+)->pd.DataFrame:                  # columns times, spent (see `RunTimes`), host_id, sweep, block and batch
     "What every run of a group spent on its way to the target. Raises `SpeedrunError` for an unknown metric."
     found = _times(group, target.value, _target_metric(target, metrics))
     runs = pd.concat([group.runs, lost], ignore_index=True)
@@ -244,7 +244,7 @@ def _alone(table:pd.DataFrame)->np.ndarray:
 def race_units(
     variant:pd.DataFrame,   # of `started_runs`
     baseline:pd.DataFrame,
-)->tuple[str,Attempts,Attempts]:  # block, batch or run; both sides
+)->tuple[str,RunTimes,RunTimes]:  # block, batch or run; both sides
     "Say what the units are. Between blocks only runs count whose block has both sides."
     sides = variant, baseline
     blocks = [_names(side, "host_id", "sweep", "block") for side in sides]
@@ -256,7 +256,7 @@ def race_units(
     else:
         names = [_alone(side) for side in sides]
         unit = "batch" if all(side["batch"].notna().any() for side in sides) else "run"
-    attempts = (Attempts(side["times"].to_numpy(float), side["spent"].to_numpy(float), name)
+    attempts = (RunTimes(side["times"].to_numpy(float), side["spent"].to_numpy(float), name)
                 for side, name in zip(sides, names, strict=True))
     return unit, *attempts
 
@@ -292,7 +292,7 @@ class Race:
     cost:TimeRatio|None          # cost of a success, variant over baseline; None if a side has none
 
 # %% ../../nbs/evidence/07_target.ipynb #cell-58
-def _arrivals(group:Group, side:Attempts, lost:int, unknown:int, horizon:float|None)->Arrivals:
+def _arrivals(group:Group, side:RunTimes, lost:int, unknown:int, horizon:float|None)->Arrivals:
     "The figures of one side."
     n, arrived = len(side), int(side.arrived.sum())
     median, around = median_time(side)
@@ -312,7 +312,7 @@ def run_race(
 )->Race:
     "Times to the target with failures counted. Raises `SpeedrunError` for an unknown metric."
     groups = variant, baseline
-    lost = [lost_runs(records, group) for group in groups]
+    lost = [lost_records(records, group) for group in groups]
     tables = [started_runs(group, rows, target, metrics) for group, rows in zip(groups, lost, strict=True)]
     unit, *sides = race_units(*tables)
     horizon, shared = horizon_of(*sides), unit == "block"
@@ -374,7 +374,7 @@ def _gaps(side:Arrivals)->list[str]:
     notes = []
     if side.unknown: notes.append(f"Of {count(side.unknown)} of {side.name} it is not known whether they arrive.")
     if side.untimed:
-        notes.append(f"Of {count(side.untimed)} of {side.name} the time is not known: a success costs more than stated.")
+        notes.append(f"Of {count(side.untimed)} of {side.name} the time is not known; a success costs more than said.")
     return notes
 
 def race_notes(
@@ -383,7 +383,8 @@ def race_notes(
 )->list[str]:
     "Sentences: the horizon, the units, and what is not known."
     if result.horizon is None: return ["No run arrives at the target."]
-    horizon = f"A run that does not arrive counts as {metrics['time_seconds'].show(result.horizon)}, the latest arrival."
+    latest = metrics["time_seconds"].show(result.horizon)
+    horizon = f"A run that does not arrive counts as {latest}, the latest arrival."
     cost = "The time for each success is all time spent, that of failed runs included, over the runs that arrive."
     outside = f"{count(result.left_out)} outside the shared blocks: not counted." if result.left_out else None
     notes = [horizon, cost, _ASSUMED[result.unit], outside, *_gaps(result.baseline), *_gaps(result.variant)]

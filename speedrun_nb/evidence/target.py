@@ -19,7 +19,9 @@ from scipy import stats
 from ..core.errors import SpeedrunError, one_of
 from ..core.study import Metric, Target
 from ..core.words import count, finer, half, percent, relative_amount, size, span
+from .basis import choose
 from .groups import Group, numbers_of, words_of
+from .robust import UnitNames, unit_names
 from ..stats.describe import finite, spread
 from speedrun_nb.stats.survival import (
     RunTimes, TimeRatio, cost_ratio, horizon_of, median_time, restricted_mean, restricted_ratio, share_interval,
@@ -210,14 +212,14 @@ def _seconds_spent(runs:pd.DataFrame)->np.ndarray:
     return clock.fillna((moments("ended_at") - moments("started_at")).dt.total_seconds()).to_numpy(float)
 
 # %% ../../nbs/evidence/07_target.ipynb #cell-48
-_WHERE = ("host_id", "sweep", "block", "batch")  # where and with what a run was made
+_WHERE = ("host_id", "sweep", "block", "batch", "started_at", "ended_at")  # where and when a run was made
 
 def started_runs(
     group:Group,
     lost:pd.DataFrame,            # of `lost_records`
     target:Target,
     metrics:Mapping[str,Metric],  # of the study
-)->pd.DataFrame:                  # columns times, spent (see `RunTimes`), host_id, sweep, block and batch
+)->pd.DataFrame:                  # one row a run: times, spent (see `RunTimes`), and where and when it was made
     "What every run of a group spent on its way to the target. Raises `SpeedrunError` for an unknown metric."
     found = _times(group, target.value, _target_metric(target, metrics))
     runs = pd.concat([group.runs, lost], ignore_index=True)
@@ -229,38 +231,29 @@ def started_runs(
     return table[~np.isnan(times)].reset_index(drop=True)
 
 # %% ../../nbs/evidence/07_target.ipynb #cell-52
-def _names(table:pd.DataFrame, *columns:str)->pd.Series:
-    "Joint names of several columns; missing where the last of them is."
-    rows = zip(*(table[name] for name in columns), strict=True)
-    names = [None if row[-1] is None else " | ".join(map(str, row)) for row in rows]
-    return pd.Series(names, index=table.index, dtype=object)
+_ON_THE_WAY = Metric("on_the_way", "time on the way", "s", "lower", quality=False)  # of every run, until the horizon
 
-def _alone(table:pd.DataFrame)->np.ndarray:
-    "The batch of each run; a name of its own for a run that has none."
-    own = pd.Series([f"run {number}" for number in range(len(table))], index=table.index, dtype=object)
-    return _names(table, "host_id", "sweep", "batch").fillna(own).to_numpy(str)
+def _everything(group:Group, table:pd.DataFrame, horizon:float)->Group:
+    "A group that holds every run that was started."
+    return replace(group, runs=table.assign(on_the_way=np.minimum(table["times"], horizon)))
 
-# %% ../../nbs/evidence/07_target.ipynb #cell-53
 def race_units(
-    variant:pd.DataFrame,   # of `started_runs`
-    baseline:pd.DataFrame,
-)->tuple[str,RunTimes,RunTimes]:  # block, batch or run; both sides
-    "Say what the units are. Between blocks only runs count whose block has both sides."
-    sides = variant, baseline
-    blocks = [_names(side, "host_id", "sweep", "block") for side in sides]
-    shared = set(blocks[0].dropna()) & set(blocks[1].dropna())
-    if len(shared) > 1:
-        kept = [names.isin(shared) for names in blocks]
-        names = [column[keep].to_numpy(str) for column, keep in zip(blocks, kept, strict=True)]
-        sides, unit = [side[keep] for side, keep in zip(sides, kept, strict=True)], "block"
-    else:
-        names = [_alone(side) for side in sides]
-        unit = "batch" if all(side["batch"].notna().any() for side in sides) else "run"
-    attempts = (RunTimes(side["times"].to_numpy(float), side["spent"].to_numpy(float), name)
-                for side, name in zip(sides, names, strict=True))
-    return unit, *attempts
+    baseline:Group,
+    variant:Group,
+    tables:tuple[pd.DataFrame,pd.DataFrame],  # of `started_runs`, in this order
+)->tuple[UnitNames,RunTimes,RunTimes]:        # both sides: baseline, variant
+    "Say what the units are, and sort the runs into them."
+    known = [table["times"][np.isfinite(table["times"])] for table in tables]
+    horizon = float(pd.concat(known).max()) if any(map(len, known)) else 1.0
+    wholes = [_everything(group, table, horizon) for group, table in zip((baseline, variant), tables, strict=True)]
+    names, sides = unit_names(*wholes, _ON_THE_WAY, choose(*wholes, _ON_THE_WAY).basis), []
+    for table, of_runs in zip(tables, (names.baseline, names.variant), strict=True):
+        kept = np.array([name is not None for name in of_runs], dtype=bool)
+        columns = (table[name].to_numpy(float)[kept] for name in ("times", "spent"))
+        sides.append(RunTimes(*columns, of_runs[kept].astype(str)))
+    return names, *sides
 
-# %% ../../nbs/evidence/07_target.ipynb #cell-56
+# %% ../../nbs/evidence/07_target.ipynb #cell-55
 @dataclass(frozen=True)
 class Arrivals:
     "What a group's runs spent on the way to the target; every run that was started counts."
@@ -277,21 +270,21 @@ class Arrivals:
     restricted:float|None                     # mean seconds on the way by the horizon
     cost:float|None                           # seconds for each run that arrives; None if none does
 
-# %% ../../nbs/evidence/07_target.ipynb #cell-57
+# %% ../../nbs/evidence/07_target.ipynb #cell-56
 @dataclass(frozen=True)
 class Race:
     "Two groups on their way to the target."
     metric:str
     value:float                  # of the target, in the metric's stored unit
     horizon:float|None           # seconds: the latest arrival on either side; None if no run arrives
-    unit:str                     # what standard errors are taken between: block, batch or run
-    left_out:int                 # runs outside the blocks that both sides share
+    unit:str                     # what standard errors are taken between: block, host or batch
+    left_out:int                 # runs outside the blocks or hosts that both sides share
     baseline:Arrivals
     variant:Arrivals
     restricted:TimeRatio|None    # mean time on the way by the horizon, variant over baseline
     cost:TimeRatio|None          # cost of a success, variant over baseline; None if a side has none
 
-# %% ../../nbs/evidence/07_target.ipynb #cell-58
+# %% ../../nbs/evidence/07_target.ipynb #cell-57
 def _arrivals(group:Group, side:RunTimes, lost:int, unknown:int, horizon:float|None)->Arrivals:
     "The figures of one side."
     n, arrived = len(side), int(side.arrived.sum())
@@ -302,7 +295,7 @@ def _arrivals(group:Group, side:RunTimes, lost:int, unknown:int, horizon:float|N
         median=median, median95=around,
         restricted=restricted_mean(side, horizon) if horizon else None, cost=success_cost(side))
 
-# %% ../../nbs/evidence/07_target.ipynb #cell-59
+# %% ../../nbs/evidence/07_target.ipynb #cell-58
 def run_race(
     baseline:Group,
     variant:Group,
@@ -311,23 +304,23 @@ def run_race(
     records:pd.DataFrame,         # every record of the study and profile, as `Case.rows`: it has the failed runs
 )->Race:
     "Times to the target with failures counted. Raises `SpeedrunError` for an unknown metric."
-    groups = variant, baseline
+    groups = baseline, variant
     lost = [lost_records(records, group) for group in groups]
-    tables = [started_runs(group, rows, target, metrics) for group, rows in zip(groups, lost, strict=True)]
-    unit, *sides = race_units(*tables)
-    horizon, shared = horizon_of(*sides), unit == "block"
+    tables = tuple(started_runs(group, rows, target, metrics) for group, rows in zip(groups, lost, strict=True))
+    names, *sides = race_units(*groups, tables)
+    horizon = horizon_of(*sides)
     found = []
     for group, side, rows, table in zip(groups, sides, lost, tables, strict=True):
         unknown = len(group.runs) + len(rows) - len(table)
         found.append(_arrivals(group, side, len(rows), unknown, horizon))
     both = horizon is not None and all(map(len, sides))
     return Race(
-        target.metric, target.value, horizon, unit, left_out=sum(map(len, tables)) - sum(map(len, sides)),
-        baseline=found[1], variant=found[0],
-        restricted=restricted_ratio(*sides, horizon, shared) if both else None,
-        cost=cost_ratio(*sides, shared) if both else None)
+        target.metric, target.value, horizon, names.unit, left_out=sum(map(len, tables)) - sum(map(len, sides)),
+        baseline=found[0], variant=found[1],
+        restricted=restricted_ratio(*sides[::-1], horizon, names.shared) if both else None,
+        cost=cost_ratio(*sides[::-1], names.shared) if both else None)
 
-# %% ../../nbs/evidence/07_target.ipynb #cell-64
+# %% ../../nbs/evidence/07_target.ipynb #cell-63
 def _within(show, interval:tuple|None)->str:
     "An interval in brackets, where there is one; an end without limit is open."
     if not interval: return ""
@@ -344,7 +337,7 @@ def _arrival_row(side:Arrivals, time:Metric)->dict:
         "median time": show(side.median) + _within(show, side.median95),
         "mean time, failures at the horizon": show(side.restricted), "time for each success": show(side.cost)}
 
-# %% ../../nbs/evidence/07_target.ipynb #cell-65
+# %% ../../nbs/evidence/07_target.ipynb #cell-64
 def _ratio_words(ratio:TimeRatio|None)->str:
     "A ratio as a relative difference with its interval."
     if ratio is None: return "not known"
@@ -363,11 +356,11 @@ def race_rows(
     change["time for each success"] = _ratio_words(result.cost)
     return [*rows, change]
 
-# %% ../../nbs/evidence/07_target.ipynb #cell-68
+# %% ../../nbs/evidence/07_target.ipynb #cell-67
 _ASSUMED = {
     "block": "Intervals are between the blocks that both sides share.",
-    "batch": "Intervals are between batches.",
-    "run": "No batch is known, so intervals take runs as independent."}
+    "host": "Intervals are between hosts.",
+    "batch": "Intervals are between batches."}
 
 def _gaps(side:Arrivals)->list[str]:
     "What is not known of a side."
@@ -386,6 +379,6 @@ def race_notes(
     latest = metrics["time_seconds"].show(result.horizon)
     horizon = f"A run that does not arrive counts as {latest}, the latest arrival."
     cost = "The time for each success is all time spent, that of failed runs included, over the runs that arrive."
-    outside = f"{count(result.left_out)} outside the shared blocks: not counted." if result.left_out else None
+    outside = f"{count(result.left_out)} outside the shared {result.unit}s: not counted." if result.left_out else None
     notes = [horizon, cost, _ASSUMED[result.unit], outside, *_gaps(result.baseline), *_gaps(result.variant)]
     return [note for note in notes if note]

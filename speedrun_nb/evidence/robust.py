@@ -17,7 +17,7 @@ import pandas as pd
 
 from ..core.study import Metric
 from ..core.words import finer, half, percent, relative_amount, size, span
-from .basis import Basis, Chosen, choose
+from .basis import Basis, Chosen
 from .groups import Group, numbers_of, words_of
 from .units import blocks_of
 from ..stats.components import Component, components

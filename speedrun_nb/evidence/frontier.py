@@ -372,5 +372,5 @@ def frontier(
     sign, fits = 1 if quality.better == "higher" else -1, [host.fit for host in hosts]
     left_out = len(variant.runs) - sum(host.variant_runs for host in hosts)
     return Frontier(
-        metric=quality.name, setting=setting, model=_model(fits, setting), fit_p=_fit_p(fits), unit=unit, left_out=left_out,
-        **_stored_points(hosts, variant.name, sign), **_judged(hosts, sign, at_least, watched))
+        metric=quality.name, setting=setting, model=_model(fits, setting), fit_p=_fit_p(fits), unit=unit,
+        left_out=left_out, **_stored_points(hosts, variant.name, sign), **_judged(hosts, sign, at_least, watched))

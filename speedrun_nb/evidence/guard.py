@@ -68,7 +68,8 @@ def guard(
                             "it takes a number from 0 up, in the metric's unit")
     if estimate is None:
         difference = variant.mean - baseline.mean if variant.n and baseline.n else None
-        return GuardResult(metric.name, margin, baseline, variant, difference, None, None, None, "undecided", None, basis)
+        unknown = dict(bound=None, lower_bound=None, p=None, outcome="undecided", equivalence=None, basis=basis)
+        return GuardResult(metric.name, margin, baseline, variant, difference, **unknown)
     sign = 1 if metric.better == "lower" else -1
     less, more = ("less", "greater") if sign == 1 else ("greater", "less")
     kept, broken = estimate.p(less, at=sign * margin), estimate.p(more, at=sign * margin)
@@ -97,7 +98,7 @@ def guard_groups(
     margin:float,        # largest tolerable worsening, in the stored unit
     watched:bool=False,  # was it looked at all along?
 )->GuardResult:
-    "The guard by the estimate that the design asks for: within hosts, in blocks if batches matter, in pairs, or Welch's."
+    "The guard by the estimate that the design asks for."
     described = [describe(g.values(metric.name)) for g in (baseline, variant)]
     estimate, basis = choose(baseline, variant, metric)
     return guard(estimate and replace(estimate, watched=watched), metric, margin, *described, basis)

@@ -50,8 +50,17 @@ def units_of(group:Group)->Units:
     return Units(units.ngroup().to_numpy(), table)
 
 # %% ../../nbs/evidence/01_units.ipynb #cell-10
+@once
+def _known_means(group:Group)->dict[str,pd.DataFrame]: return {}
+
 def batch_means(group:Group, metric:Metric)->pd.DataFrame:
-    "One row a unit that has values: those of `Units.table`, and n, mean (in the stored unit)."
+    "One row a unit that has values: those of `Units.table`, and n, mean (in the stored unit); not to be changed."
+    known = _known_means(group)
+    if metric.name not in known: known[metric.name] = _batch_means(group, metric)
+    return known[metric.name]
+
+def _batch_means(group:Group, metric:Metric)->pd.DataFrame:
+    "Average the runs of every unit."
     units, values = units_of(group), numbers_of(group, metric.name)
     known = np.isfinite(values)
     n = np.bincount(units.of_run[known], minlength=len(units.table))
@@ -73,7 +82,9 @@ def _apart(blocks:pd.DataFrame)->pd.Series:
 def _in_blocks(group:Group, metric:Metric)->pd.DataFrame:
     "The mean over a group's batches in each block, by host, sweep and block."
     means = batch_means(group, metric)
-    blocks = means[means["block"] != ""].groupby(_PLACE, sort=False)
+    means = means[means["block"] != ""]
+    if not means.duplicated(_PLACE).any(): return means.set_index(_PLACE)[["mean", "n", "first", "last"]]
+    blocks = means.groupby(_PLACE, sort=False)
     return blocks.agg(mean=("mean", "mean"), n=("n", "sum"), first=("first", "min"), last=("last", "max"))
 
 def blocks_of(

@@ -22,7 +22,6 @@ from speedrun_nb.core.words import (
     finer,
     half,
     p_value,
-    percent,
     relative_amount,
     size,
     span,
@@ -107,6 +106,10 @@ def unit_of(comparison:Comparison)->str:
     basis = comparison.basis
     return {"blocks": "block", "hosts": "host"}.get(basis.method, basis.unit)
 
+def _plural(comparison:Comparison)->str:
+    "The same in the plural."
+    return count(2, unit_of(comparison)).removeprefix("2 ")
+
 def _there_are(comparison:Comparison)->str:
     "How many units there are."
     n = comparison.basis.units
@@ -154,7 +157,7 @@ def _no_interval(comparison:Comparison)->str:
     if basis.unit == "batch" and basis.units < 2:
         return ("There is one batch on a side: how much batches differ is not known, "
                 "and no test or interval can be computed.")
-    return (f"Within each group all gave the same value, so the spread between {unit_of(comparison)}s is not known, "
+    return (f"Within each group all gave the same value, so the spread between {_plural(comparison)} is not known, "
             "and no test or interval can be computed.")
 
 # %% ../../nbs/evidence/09_verdict.ipynb #cell-25
@@ -262,7 +265,8 @@ def between_hosts(
     c = comparison
     if not c.hosts: return []
     reasons = [_pooled(c, metric)] if c.difference.ci95 else []
-    if c.across_hosts and (c.across_hosts.heterogeneous or on_these_machines(c)): reasons.append(_heterogeneity(c, metric))
+    differ = c.across_hosts and (c.across_hosts.heterogeneous or on_these_machines(c))
+    if differ: reasons.append(_heterogeneity(c, metric))
     excluded = _host_excludes(c) if c.claim else []
     if excluded: reasons.append(f"On {', '.join(excluded)} alone the claim is excluded.")
     return reasons
@@ -296,8 +300,9 @@ def family_reason(comparison:Comparison)->list[str]:
     c, related = comparison, comparison.family
     established = effect_outcome(c.estimate.ci95_relative, c.claim) == "established"
     if not related or not established or related.p_adjusted < ALPHA: return []
-    return [f"It is one of {related.size} variants compared with {c.baseline.name}: corrected for that (Holm), the test "
-            f"at the claim's border has {p_value(related.p_adjusted)}, which is not significant."]
+    corrected = f"corrected for that (Holm), the test at the claim's border has {p_value(related.p_adjusted)}"
+    return [f"It is one of {related.size} variants compared with {c.baseline.name}: {corrected}, "
+            "which is not significant."]
 
 # %% ../../nbs/evidence/09_verdict.ipynb #cell-50
 def pairing_reason(comparison:Comparison)->list[str]:

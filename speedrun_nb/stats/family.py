@@ -94,7 +94,7 @@ def family(
 def dunnett_p(
     samples:Mapping[str,Iterable],  # one value a unit of each variant, by name
     baseline:Iterable,              # one value a unit
-)->dict[str,float]:                 # two-sided, by name; empty where a sample has fewer than two values or nothing spreads
+)->dict[str,float]:                 # two-sided, by name; empty for samples of fewer than two, and without spread
     "Many variants against one baseline (Dunnett 1955)."
     parts, control = {name: finite(values) for name, values in samples.items()}, finite(baseline)
     values = [*parts.values(), control]

@@ -179,9 +179,8 @@ def simulated_runs(
         for seed in range(runs):
             effect = seconds + spread * layout.state(seed, place), quality
             result = result_of(known, typical, variant, seed, measure(known, typical, effect, noise))
-<<<<<<< HEAD
-            cell = cell_of(variant, sweep) | turn_of(seed, place, len(effects))
-            append_record(folder / "runs.jsonl", make_record(result, ready, cell, known.metrics))
+            cell = cell_of(variant, sweep) | layout.turn(seed, place)
+            add_run(Path(outputs) / study / profile / name, make_record(result, ready, cell, known.metrics))
 
 
 def planned_runs(
@@ -201,7 +200,3 @@ def planned_runs(
             ended_at=(started + timedelta(seconds=50)).isoformat())
         for (cell, seed), (seconds, metrics) in zip(batch.cells.items(), draw(batch), strict=True):
             cells.done[cell] = RunRecord(cell, seed=seed, time_seconds=seconds, metrics=metrics, **same)
-=======
-            cell = cell_of(variant, sweep) | layout.turn(seed, place)
-            add_run(Path(outputs) / study / profile / name, make_record(result, ready, cell, known.metrics))
->>>>>>> report3

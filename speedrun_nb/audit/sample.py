@@ -109,7 +109,7 @@ def _too_small(
     return find(
         severity=severity,
         message=f"{listed((_in_words(case, variant, metric, counts) for variant, counts in small), most=4)}.",
-        remedy=f"Run at least {FEW} on each side; `speedrun plan` says how many an effect needs.",
+        remedy=f"Run at least {FEW} on each side; `speedrun power` says how many an effect needs.",
         figures=dict(runs_each=each),
         metric=metric,
         **on_groups(tables[name] for name in (case.baseline.name, *each)),

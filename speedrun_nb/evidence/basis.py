@@ -25,7 +25,7 @@ from ..stats.estimate import Estimate, RatioEstimate, ratio_of_batches, ratio_of
 class Basis:
     "What an estimate counts as independent, and what it leaves out."
     unit:str               # batch or run
-    method:str|None        # blocks, hosts, batches, stratified, paired or welch; None: there is no estimate
+    method:str|None        # blocks, hosts, batches, stratified, paired or welch; None: runs allow no estimate
     units:int              # blocks or hosts; otherwise batches or runs of the smaller side
     apart:int              # blocks that are none, because their batches lie apart in time
     interleaved:bool|None  # did the two sides take turns? None: nobody knows
@@ -108,7 +108,8 @@ def choose(
     metric:Metric,
 )->Chosen:
     "The estimate that the design asks for, and what it rests on."
-    runs, effect = [len(finite(g.values(metric.name))) for g in (baseline, variant)], batch_effect([baseline, variant], metric)
+    runs = [len(finite(g.values(metric.name))) for g in (baseline, variant)]
+    effect = batch_effect([baseline, variant], metric)
     by_batch, apart = not metric.quality or effect is not None and effect.shown, 0
     if by_batch: estimate, method, units, apart = _by_batch(baseline, variant, metric)
     else:
@@ -117,7 +118,7 @@ def choose(
     unused = sum(runs) - estimate.n if estimate else 0
     interleaved = True if method == "blocks" else in_turns(baseline, variant)
     return Chosen(estimate, Basis(
-        "batch" if by_batch else "run", method if estimate else None, units, apart, interleaved, unused, effect))
+        "batch" if by_batch else "run", method, units, apart, interleaved, unused, effect))
 
 def choose_estimate(baseline:Group, variant:Group, metric:Metric)->Estimate|RatioEstimate|None:
     "The estimate that the design asks for; None if the runs allow none."

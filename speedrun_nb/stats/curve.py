@@ -17,6 +17,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
+from .estimate import critical_value, one_sided_p
+
 # %% ../../nbs/stats/07_curve.ipynb #cell-07
 def covariance_of_means(
     sample:np.ndarray,  # (2, n)
@@ -290,10 +292,13 @@ class ShiftScan:
         return AtShift(*numbers, [float(np.interp(shift, self.shift, budget)) for budget in self.budgets.T])
 
 # %% ../../nbs/stats/07_curve.ipynb #cell-63
+_critical, _one_sided = (np.vectorize(function, otypes=[float]) for function in (critical_value, one_sided_p))
+
 def scan_shifts(
     fits:list[CurveFit],      # one a machine
     points:list[MeanPoint],   # what is placed beside them
     shares:np.ndarray,        # (machines,) weights that sum to 1
+    weight:float|None=None,   # as in `critical_value`, of what was looked at all along; None: one look
 )->ShiftScan|None:            # None if no shift is within the domain on all machines
     "Test every shift: Welch's test of a contrast, with the degrees of freedom of Satterthwaite (1946)."
     shift = _common_shifts([_shifts_onto(*pair) for pair in zip(fits, points, strict=True)])
@@ -304,8 +309,8 @@ def scan_shifts(
     freedom = sum((m.parts**2 / m.df).sum(axis=1) for m in placed)
     with np.errstate(divide="ignore", invalid="ignore"):
         error, df = np.sqrt(variance), variance**2 / freedom
-        width = bend + stats.t.ppf(0.975, df) * error
-        p = 2 * stats.t.sf(np.maximum(np.abs(above) - bend, 0) / error, df)
+        width = bend + _critical(0.95, df, weight) * error
+        p = 2 * _one_sided(np.maximum(np.abs(above) - bend, 0) / error, df, weight)
     return ShiftScan(shift, above, bend, width, p, np.column_stack([m.budgets for m in placed]))
 
 # %% ../../nbs/stats/07_curve.ipynb #cell-67

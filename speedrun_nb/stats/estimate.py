@@ -113,6 +113,13 @@ class Estimate:
         if alternative == "two-sided": return 2 * one_sided_p(abs(t), self.df, self.weight)
         return one_sided_p(t if alternative == "greater" else -t, self.df, self.weight)
 
+    def p_relative(self, alternative:str, at:float)->float:
+        "One-sided p of a relative change against `at`, which inverts to Fieller's interval: less or greater."
+        difference = self.absolute - at * self.baseline
+        variance = self.se**2 - 2 * at * self.covariance + at**2 * self.variance_baseline
+        t = difference / math.sqrt(variance) if variance > 0 else math.copysign(math.inf, difference)
+        return one_sided_p(t if alternative == "greater" else -t, self.df, self.weight)
+
     @property
     def relative(self)->float|None:
         "The difference as a part of the baseline's mean; None where that is not above zero."
@@ -242,6 +249,10 @@ class RatioEstimate:
         sides = {sign: self._p(sign, math.log1p(at / self.baseline)) for sign in (1, -1)}
         if alternative == "two-sided": return min(1.0, 2 * min(sides.values()))
         return sides[1 if alternative == "greater" else -1]
+
+    def p_relative(self, alternative:str, at:float)->float:
+        "One-sided p of the relative change against `at`, above -1: less or greater."
+        return self._p(1 if alternative == "greater" else -1, math.log1p(at))
 
     def _p(self, sign:int, at:float)->float:
         "One-sided p of a log ratio above (sign 1) or below (sign -1) `at`."

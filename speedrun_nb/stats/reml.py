@@ -149,7 +149,7 @@ def split_variance(
     for name, labels in factors.items():
         codes, known = _codes(labels), not any(label is None for label in labels)
         note = unseen(codes, seen, condition) if known else "not recorded for every run"
-        if note: hidden[name] = VarianceComponent(name, len(set(codes)), None, None, None, note)
+        if note: hidden[name] = VarianceComponent(name, len(set(labels) - {None}), None, None, None, note)
         else: seen[name] = codes
     found = _estimated(values, seen, condition) if seen else _only_runs(values, condition)
     return [(hidden | found)[name] for name in (*factors, "run")]

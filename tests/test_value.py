@@ -20,7 +20,7 @@ from speedrun_nb.evidence.groups import find_group
 from speedrun_nb.evidence.robust import robust, variance_components
 from speedrun_nb.evidence.target import lost_records, race_notes, race_rows, run_race
 from speedrun_nb.stats.describe import plain
-from speedrun_nb.stats.reml import split_variance
+from speedrun_nb.stats.variance import nested_components
 from speedrun_nb.stats.robust import centre_difference, centre_interval, robust_lines, superiority, trimmed_centre
 from speedrun_nb.stats.survival import (
     RunTimes,
@@ -279,7 +279,7 @@ def test_components_are_those_of_statsmodels(lost, absent):
     sds = SDS | ({absent: 0.0} if absent else {})
     frame = nested(np.random.default_rng(11), 4, 4, 3, sds, lost=lost)
     names = ["host", "block", "batch", "seed"]
-    found = {part.name: part.sd for part in split_variance(frame.y, {n: frame[n] for n in names}, frame.condition)}
+    found = {part.name: part.sd for part in nested_components(frame.y, {n: frame[n] for n in names}, frame.condition)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fit = smf.mixedlm("y ~ C(condition)", frame, groups=np.ones(len(frame)),
@@ -296,7 +296,7 @@ def test_nested_components_have_their_closed_form_in_a_balanced_design():
     of_batch = 4 * y.mean(2).var(1, ddof=1).mean()
     of_host = 20 * y.mean((1, 2)).var(ddof=1)
     expected = {"host": (of_host - of_batch) / 20, "batch": (of_batch - run) / 4, "run": run}
-    found = split_variance(y.ravel(), {"host": host, "batch": batch}, np.zeros(120))
+    found = nested_components(y.ravel(), {"host": host, "batch": batch}, np.zeros(120))
     for part in found: assert np.isclose(part.sd**2, expected[part.name], rtol=1e-3)
     assert np.isclose(sum(part.share for part in found), 1)
 
@@ -305,7 +305,7 @@ def test_known_components_come_back():
     rng, found, held = np.random.default_rng(13), [], []
     for _ in range(12):
         frame = nested(rng, 5, 3, 3, SDS)
-        parts = split_variance(frame.y, {n: frame[n] for n in ("host", "block", "batch", "seed")}, frame.condition)
+        parts = nested_components(frame.y, {n: frame[n] for n in ("host", "block", "batch", "seed")}, frame.condition)
         found.append([part.sd**2 for part in parts])
         held.append([inside(part.ci95, SDS[part.name]) for part in parts])
     errors = np.std(found, axis=0, ddof=1) / math.sqrt(12)

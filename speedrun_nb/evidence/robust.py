@@ -21,7 +21,7 @@ from .basis import Basis, Chosen
 from .groups import Group, numbers_of, words_of
 from .units import blocks_of
 from ..stats.estimate import Estimate, RatioEstimate
-from ..stats.reml import VarianceComponent, split_variance
+from ..stats.variance import Component, nested_components
 from ..stats.robust import RobustLine, Superiority, robust_lines, superiority
 from ..stats.stopping import judge_interval
 
@@ -182,7 +182,7 @@ def run_factors(group:Group)->dict[str,list[str|None]]:  # from the outermost: o
 def variance_components(
     groups:Iterable[Group],
     metric:Metric,
-)->list[VarianceComponent]:  # host, day, block, batch, seed and run; in the stored unit
+)->list[Component]:  # host, day, block, batch, seed and run; in the stored unit
     "Split the variance of a metric within groups. Raises `SpeedrunError` if runs of a group do not differ."
     groups = list(groups)
     values = [numbers_of(group, metric.name) for group in groups]
@@ -191,10 +191,10 @@ def variance_components(
     factors = {name: np.array([label for factors in named for label in factors[name]], dtype=object)[known]
                for name in named[0]}
     conditions = np.repeat(np.arange(len(groups)), list(map(len, values)))
-    return split_variance(np.concatenate(values)[known], factors, conditions[known])
+    return nested_components(np.concatenate(values)[known], factors, conditions[known])
 
 # %% ../../nbs/evidence/06_robust.ipynb #cell-27
-def component_rows(found:Iterable[VarianceComponent], metric:Metric)->list[dict]:
+def component_rows(found:Iterable[Component], metric:Metric)->list[dict]:
     "A row for each factor: its values, its standard deviation with interval, and its share of the variance."
     rows = []
     for part in found:

@@ -16,12 +16,12 @@ import numpy as np
 import pandas as pd
 
 from ..core.study import Metric
-from ..core.words import finer, half, percent, relative_amount, size, span
+from ..core.words import count, finer, half, percent, relative_amount, size, span
 from .basis import Basis, Chosen
 from .groups import Group, numbers_of, words_of
 from .units import blocks_of
-from ..stats.variance import Component, nested_components
 from ..stats.estimate import Estimate, RatioEstimate
+from ..stats.variance import Component, nested_components
 from ..stats.robust import RobustLine, Superiority, robust_lines, superiority
 from ..stats.stopping import judge_interval
 
@@ -148,10 +148,14 @@ def chance_words(chance:Superiority|None)->str:
     shown = percent(chance.probability)
     return f"{shown} ({' to '.join(map(percent, chance.ci95))})" if chance.ci95 else shown
 
+def _several(noun:str)->str:
+    "`batches`"
+    return count(2, noun).partition(" ")[2]
+
 def robust_words(result:Robust)->str:
     "Does the answer hang on odd values, and how often is a run of the variant better?"
     chance = f"A run of the variant is better than one of the baseline with a chance of {chance_words(result.chance)}."
-    if result.changes is None: return f"Too few {result.unit}s for trimmed means and medians. {chance}"
+    if result.changes is None: return f"Too few {_several(result.unit)} for trimmed means and medians. {chance}"
     if not result.changes: return f"Trimmed means and medians give the same answer: {result.main}. {chance}"
     others = ", ".join(f"{line.name}: {line.outcome}" for line in result.lines if line.agrees is False)
     return f"The answer hangs on a few odd values: {result.main} by the means, but {others}. {chance}"

@@ -109,8 +109,8 @@ def compare(
 )->Comparison:
     "Compare two variants by name. Raises `SpeedrunError` naming what is there."
     study = load_study(study) if isinstance(study, str) else study
-    if conditions: provenances = {batch: {**p, "expected_runs": None} for batch, p in (provenances or {}).items()}
     case = make_case(filter_runs(frame, conditions or {}), study, profile, provenances, plans)
+    if conditions: case = replace(case, unfiltered=make_case(frame, study, case.profile, provenances, plans))
     hashes = plain_hashes(study, case.profile, [name.partition("@")[0] for name in (baseline, variant)])
     groups = [find_group(case.rows, name, hashes) for name in (baseline, variant)]
     findings = audit_pair(case, *(named_group(case, group) for group in groups))

@@ -24,7 +24,7 @@ from ..evidence.verdict import compare_in
 
 # %% ../../nbs/audit/18_audit.ipynb #cell-05
 _NOTEBOOKS = (
-    "copies", "claimed_settings", "seeds", "steps", "training", "runs", "outliers", "plans",
+    "copies", "claimed_settings", "seeds", "steps", "training", "runs", "outliers", "plans", "kept",
     "machines", "software", "order", "sample",
     "results",
 )

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import pandas as pd
 
-from .counted import counted, label_of, qualities
-from .findings import Finding, check, find
+from .counted import counted, inert_groups, label_of, qualities
+from .findings import Finding, check, find, gathered
 from ..core.words import count, listed
 from ..evidence.case import Case
 
@@ -108,12 +108,9 @@ def _some_alike(
     case:Case,
     constant:dict[int, int],  # number of a group -> how many seeds, see `_constant`
 )->Iterator[Finding]:
-    "Other groups in which different seeds computed the same."
-    table = counted(case)
-    known = table[table["identity"].notna() & table["seed"].notna() & ~table["group"].isin(list(constant))]
-    if not len(known): return
-    shared = known[known.groupby(["group", "identity"])["seed"].transform("nunique") > 1]
-    for number, runs in shared.groupby("group"):
+    "Other groups in which most runs computed the same as another with a different seed."
+    for number, runs in inert_groups(case).items():
+        if number in constant: continue
         how = "computed the same as another with a different seed, to the last bit: the seed has no effect."
         yield _inert(case, number, runs, runs["seed"].nunique(), how)
 
@@ -167,9 +164,8 @@ def _different_starts(case:Case)->Iterator[Finding]:
 def check_inert_seed(case:Case)->Iterator[Finding]:
     "Different seeds with equal results (serious), or one seed with different initial networks (warning)."
     constant = _constant(counted(case), qualities(case))
-    yield from _all_alike(case, constant)
-    yield from _some_alike(case, constant)
-    yield from _different_starts(case)
+    yield from gathered([*_all_alike(case, constant), *_some_alike(case, constant)])
+    yield from gathered(_different_starts(case))
 
 # %% ../../nbs/audit/06_seeds.ipynb #cell-27
 def _correlation(
@@ -220,14 +216,14 @@ def _used_again(
 
 # %% ../../nbs/audit/06_seeds.ipynb #cell-32
 @check("repeated-seed", "a seed was used more than once")
-def check_repeated_seed(case:Case)->Iterator[Finding]:
+def check_repeated_seed(case:Case)->list[Finding]:
     "A seed used twice on one machine (warning), or on several machines or in deliberate repeats (note)."
     seeded = counted(case).dropna(subset=["seed"])
     again = seeded[seeded.duplicated(["group", "seed"], keep=False)]
     twice = again[again.duplicated(["group", "seed", "repeat", "host_id"], keep=False)]
     related = again[~again["group"].isin(twice["group"])]
-    for number, runs in twice.groupby("group"):
-        yield _used_again(case, number, runs, "warning", "more than once")
+    found = [_used_again(case, number, runs, "warning", "more than once") for number, runs in twice.groupby("group")]
     for number, runs in related.groupby("group"):
         where = "on several machines" if runs["host_id"].nunique() > 1 else "in several repeats"
-        yield _used_again(case, number, runs, "note", where)
+        found.append(_used_again(case, number, runs, "note", where))
+    return gathered(found)

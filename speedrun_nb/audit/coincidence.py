@@ -21,7 +21,7 @@ def _written_in_steps_of(values:np.ndarray)->float:
 
 def _coincidences(times:np.ndarray)->float:
     "How many pairs of normal times are equal by chance."
-    n, sd = len(times), times.std()
+    n, sd = len(times), times.std() if len(times) else 0.0
     if not sd: return np.inf
     density = 1 / (2 * np.sqrt(np.pi) * sd)  # of the difference of two draws, at zero
     return n * (n - 1) / 2 * _written_in_steps_of(times) * density

@@ -57,8 +57,8 @@ def _times_apart(
     names:list[str],     # of quality metrics
 )->float:                # seconds, the median over copies; infinite where nothing is known
     "How far the time of a copy is from that of the nearest run with the same results."
-    times, keys = runs["time_seconds"].to_numpy(), runs.groupby(names, dropna=False).ngroup().to_numpy()
-    apart = []
+    times, keys, apart = runs["time_seconds"].to_numpy(), np.zeros(len(runs)), []
+    if names: keys = runs.groupby(names, dropna=False).ngroup().to_numpy()
     for place in np.flatnonzero(copies & np.isfinite(times)):
         alike = (keys == keys[place]) & np.isfinite(times)
         alike[place] = False

@@ -15,7 +15,7 @@ from .counted import label_of, once, qualities, rows_of
 from .findings import Finding, check, find, gathered, origins
 from ..core.withdraw import RESULTS
 from ..core.words import count, listed
-from ..evidence.case import Case
+from ..evidence.case import Case, named_group
 from ..evidence.groups import Group
 
 # %% ../../nbs/audit/09_runs.ipynb #cell-05
@@ -159,10 +159,15 @@ def _reasons(withdrawn:Mapping)->str:
     told = {(each["by"], each["at"][:10], each["why"].rstrip(".")): None for each in withdrawn.values()}
     return "".join(f" Withdrawn by {by} on {day}: {why}." for by, day, why in told)
 
-_REMEDIES = dict(
-    serious="Report how many runs ended how; find out why, and run what is missing.",
-    warning="Report how many runs ended how; run what is missing, or withdraw it with a reason (`speedrun withdraw`).",
-    note="Nothing, if the reason has nothing to do with the results.")
+def _remedy(
+    n:Mapping[str, int],  # of `_Missing`
+    severity:str,
+)->str:
+    "What to do about missing runs."
+    if n["deleted"]: return "Restore the records, or make these runs again; nothing else tells what they held."
+    if severity == "note": return "Nothing, if the reason has nothing to do with the results."
+    if n["stopped"]: return "Run what is missing, or withdraw it with a reason (`speedrun withdraw`)."
+    return "Report how many runs ended how; find out why, and run what is missing."
 
 # %% ../../nbs/audit/09_runs.ipynb #cell-21
 def _not_there(
@@ -181,8 +186,7 @@ def _not_there(
         severity=severity,
         message=f"{count(total)} of {name} {is_or_are} missing from the results ({parts}; {completed} completed)."
                 f"{_reasons(missing.withdrawn)}",
-        remedy="Restore the records, or make these runs again; nothing else tells what they held."
-               if n["deleted"] else _REMEDIES[severity],
+        remedy=_remedy(n, severity),
         groups=[name],
         runs=pd.concat([missing.failed, missing.diverged])["run_id"],
         figures=n | dict(completed=completed, share=round(share, 4), batches=missing.batches),
@@ -210,11 +214,10 @@ def _vanished(case:Case)->Iterator[Finding]:
 @check("missing-runs", "runs that failed, diverged or are not there")
 def check_missing_runs(case:Case)->list[Finding]:
     "Failed, diverged, deleted, stopped or never recorded; serious where any was deleted, or more than 20 % are lost."
-    whole, found = case.unfiltered or case, []
-    names = {(group.variant, str(group.config_hash)): group.name for group in case.groups}
+    whole, found, names = case.unfiltered or case, [], {group.name for group in case.groups}
     for group, rows in zip(whole.groups, rows_of(whole), strict=True):
-        name = names.get((group.variant, str(group.config_hash)))
-        if name: found += _not_there(_missing_of(whole, group, rows), name)
+        name = named_group(case, group).name
+        if name in names: found += _not_there(_missing_of(whole, group, rows), name)
     return gathered(found) + list(_vanished(whole))
 
 # %% ../../nbs/audit/09_runs.ipynb #cell-33

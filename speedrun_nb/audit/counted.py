@@ -33,6 +33,7 @@ def once(
 @once
 def rows_of(case:Case)->list[pd.DataFrame]:
     "All records of each group, however they ended."
+    if not case.groups: return []
     keys = [case.rows["variant"].astype(str), case.rows["config_hash"].astype(str)]
     found = dict(list(case.rows.groupby(keys, sort=False)))
     return [found[str(g.variant), str(g.config_hash)] for g in case.groups]

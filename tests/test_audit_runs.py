@@ -1,15 +1,17 @@
 "What the audit finds in runs and batches: planted mistakes, clean studies, degenerate input, and published runs."
 import json
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import stub_train
 
 from speedrun_nb.audit.agreement import agreements, beyond_chance
-from speedrun_nb.audit.audit import run_checks
+from speedrun_nb.audit.audit import audit, compare, run_checks
 from speedrun_nb.audit.claimed_settings import check_same_settings, check_settings_differ
 from speedrun_nb.audit.copies import check_copied_runs, check_same_computation
 from speedrun_nb.audit.counted import counted
@@ -18,11 +20,18 @@ from speedrun_nb.audit.outliers import check_warmup_outlier
 from speedrun_nb.audit.runs import check_missing_runs
 from speedrun_nb.audit.seeds import check_inert_seed, check_repeated_seed
 from speedrun_nb.audit.steps import check_step_time_jump, interval_times
-from speedrun_nb.core.provenance import read_provenance
+from speedrun_nb.core.batch import run_batch
+from speedrun_nb.core.parameters import plan_batch
+from speedrun_nb.core.provenance import read_provenance, read_provenances
 from speedrun_nb.core.runs import read_runs
 from speedrun_nb.core.study import load_study
+from speedrun_nb.core.withdraw import withdraw
 from speedrun_nb.evidence.case import make_case
 from speedrun_nb.importing.import_ import import_runs
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import audit_plans
+from audit_plans import planned_study
 
 DATA = os.environ.get("SPEEDRUN_DATA")
 STUDY = load_study("cifar")
@@ -201,6 +210,110 @@ def test_results_that_coincide_by_chance_are_no_copies(step, correlation):
 def test_published_coincidences_are_chance():
     assert not beyond_chance(10, 200, 0.0241) and not beyond_chance(26, 1000, 0.0227)
     assert beyond_chance(100, 100, 0.03, looks=325) and beyond_chance(5, 5, 0.026, looks=100)
+
+
+# ---------------------------------------------------------------- mistakes of graded strength
+
+@pytest.mark.parametrize("injection", audit_plans.REGISTRY, ids=audit_plans.OURS)
+def test_a_mistake_is_found_and_as_serious_as_it_is_large(injection):
+    for strength in injection.strengths:
+        severity = audit_plans.severity_of(injection.make(planned_study(3), strength, 3), injection.check)
+        assert severity or strength < injection.warns_from
+        if strength >= (injection.serious_from or 2): assert severity == "serious"
+        if strength < injection.warns_from or injection.serious_from is None: assert severity != "serious"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_studies_that_were_carried_out_as_planned_have_none_of_them(seed):
+    assert audit_plans.false_alarms(seed) == []
+
+
+def batch(outputs, name, seeds="0:4", variant="baseline", trainer=stub_train):
+    return run_batch(plan_batch("cifar", variant, seeds, "demo", outputs=str(outputs), batch=name), trainer)
+
+
+def missing(outputs):
+    "The findings on missing runs as a user gets them."
+    frame, _ = read_runs(outputs)
+    return [f for f in audit(frame, STUDY, provenances=read_provenances(outputs)) if f.id == "missing-runs"]
+
+
+def test_lines_that_were_deleted_from_our_own_batches_are_noticed(tmp_path):
+    for variant in ("baseline", "det_crop"): done = batch(tmp_path, "b1", variant=variant)
+    batch(tmp_path, "b2", "4:6", "det_crop")
+    path = done.folder / "runs.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    assert missing(tmp_path) == []
+    for left, deleted in ((lines[1:], 1), ([], 4)):
+        path.write_text("".join(left))
+        [f] = missing(tmp_path)
+        assert (f.severity, f.groups, f.figures["deleted"]) == ("serious", ("det_crop",), deleted)
+        assert f.undermines("time_seconds")
+    path.unlink()
+    assert missing(tmp_path)[0].figures["deleted"] == 4
+    (tmp_path / "cifar/demo/det_crop/b2/runs.jsonl").unlink()  # and now nothing is left of the variant
+    [f] = missing(tmp_path)
+    assert f.severity == "warning" and f.figures["deleted"] == 6 and "det_crop" in f.message
+    (tmp_path / "cifar/demo/baseline/b1/runs.jsonl").unlink()
+    assert {f.figures["variant"] for f in missing(tmp_path)} == {"baseline", "det_crop"}
+
+
+def test_runs_that_were_interrupted_are_made_or_withdrawn(tmp_path):
+    def interrupted(settings, seeds):
+        yield from list(stub_train(settings, seeds))[:3]
+        raise KeyboardInterrupt
+
+    for variant in ("baseline", "det_crop"): batch(tmp_path, "first", variant=variant)
+    with pytest.raises(KeyboardInterrupt): batch(tmp_path, "stopped", "4:9", trainer=interrupted)
+    [f] = missing(tmp_path)
+    assert (f.severity, f.figures["stopped"]) == ("warning", 3) and "speedrun withdraw" in f.remedy
+    batch(tmp_path, "resumed", "6:8")
+    assert missing(tmp_path)[0].figures["stopped"] == 1
+    withdraw(tmp_path, "stopped", "the machine was needed")
+    [f] = missing(tmp_path)
+    assert (f.severity, f.figures["withdrawn"]) == ("note", 1) and "the machine was needed." in f.message
+    path = tmp_path / "cifar/demo/baseline/stopped/runs.jsonl"
+    path.write_text(path.read_text().splitlines(keepends=True)[0])  # a reason excuses no deleted line
+    assert missing(tmp_path)[0].severity == "serious"
+    batch(tmp_path, "again", "4:9")
+    assert missing(tmp_path)[0].figures["deleted"] == 1 and missing(tmp_path)[0].figures["withdrawn"] == 0
+
+
+def test_conditions_hide_nothing_that_is_missing():
+    made = audit_plans.stop_early(planned_study(1), 0.5, 1)
+    given = dict(provenances=made.provenances, plans=made.plans)
+    found = compare(made.runs, STUDY, "baseline", "det_crop", **given)
+    by_block = compare(made.runs, STUDY, "baseline", "det_crop", conditions=dict(block="3"), **given)
+    whole = planned_study(1)
+    part = compare(whole.runs, STUDY, "baseline", "det_crop", conditions=dict(block="3"), plans=whole.plans,
+                   provenances=whole.provenances)
+    assert "plan-unfinished" in {f.id for f in found.findings} & {f.id for f in by_block.findings}
+    assert not {f.id for f in part.findings} & {"plan-unfinished", "missing-runs", "planned-variant-missing"}
+    assert found.verdict.outcome in ("untrustworthy", "undecided")
+
+
+def test_a_copy_among_forty_is_a_copy_and_not_a_seed_without_effect():
+    rng = np.random.default_rng(9)
+    base = runs_of("baseline", 40, rng)
+    near = (base["time_seconds"] - base["time_seconds"].mean()).abs().argsort().iloc[:1]
+    copy = base.iloc[near].assign(run_id="copy", seed=40, order=40)
+    copy["time_seconds"] *= 1.001
+    assert found(case_of(base, copy)) == {("copied-runs", "warning", ("baseline",))}
+    many = base.head(12).assign(run_id=[f"c{i}" for i in range(12)], seed=range(40, 52), order=range(40, 52))
+    assert found(case_of(base, many)) == {("copied-runs", "serious", ("baseline",))}
+    twenty = base.assign(fingerprint=["same"] * 20 + [f"p{i}" for i in range(20)])
+    assert found(case_of(twenty)) == {("inert-seed", "serious", ("baseline",))}
+
+
+def test_copies_without_fingerprints_and_curves_are_seen_by_their_jittered_times():
+    rng = np.random.default_rng(10)
+    base = runs_of("baseline", 60, rng, fingerprint=None)
+    noise = rng.normal(1, 1e-4, 15)
+    copies = base.tail(15).assign(run_id=[f"c{i}" for i in range(15)], seed=range(60, 75), order=range(60, 75))
+    [f] = check_copied_runs(case_of(base, copies.assign(time_seconds=copies["time_seconds"] * noise)))
+    assert f.severity == "serious" and f.metric is None and 13 <= f.figures["copies"] <= 17
+    assert "copied and changed" in f.message
+    assert check_copied_runs(case_of(base, copies.assign(time_seconds=rng.normal(4.4, 0.04, 15)))) == []
 
 
 # ---------------------------------------------------------------- clean studies

@@ -35,6 +35,10 @@ def _names(
     wanted = {(condition["variant"], condition["config_hash"]) for condition in conditions}
     return [group.name for group in case.groups if (group.variant, group.config_hash) in wanted]
 
+def _each(case:Case, conditions:Iterable[Mapping])->list[list[str]]:
+    "The same, each as a case of its own: whatever it is compared with is concerned."
+    return [[name] for name in _names(case, conditions)]
+
 # %% ../../nbs/audit/11_plans_kept.ipynb #cell-13
 def _left_out(done:list[Counter])->list[int]:
     "Positions of conditions that were never run, though another is complete."
@@ -63,8 +67,7 @@ def _unfinished(
         message=f"Plan {plan.name} was not finished, and no rule said to stop: {parts} were not made. "
                 "It could have been left at a moment when its results pleased.",
         remedy=f"Finish it (`speedrun sweep {plan.sweep}`), or plan anew with `stop: decided`, which may look.",
-        groups=_names(case, plan.conditions),
-        each=True,
+        cases=_each(case, plan.conditions),
         figures=dict(plan=plan.name, left=left, share=round(share, 4)),
     )
 
@@ -97,8 +100,7 @@ def check_planned_variant_missing(case:Case)->Iterator[Finding]:
             message=f"Nothing was run of {listed(never, most=4)}, which plan {plan.name} asked for beside "
                     f"{listed((condition['name'] for condition in rest), most=4)}.",
             remedy=f"Run what is left (`speedrun sweep {plan.sweep}`); until then say that it was left out, and why.",
-            groups=_names(case, rest),
-            each=True,
+            cases=_each(case, rest),
             figures=dict(plan=plan.name, missing=never),
         )
 
@@ -122,8 +124,7 @@ def _late(
         remedy="Plan again, with other seeds." if impossible else
                f"Judge by the runs that were made under it (`speedrun compare --where sweep={plan.name}`), "
                "or plan again with other seeds.",
-        groups=_names(case, [plan.conditions[place] for place in sorted(set(places))]),
-        each=True,
+        cases=_each(case, [plan.conditions[place] for place in sorted(set(places))]),
         runs=known["run_id"],
         figures=dict(plan=plan.name, known=len(places), share=round(float(share), 4), impossible=impossible),
     )
@@ -177,7 +178,8 @@ def _other_order(
         message=f"In {moved} of {count(n, 'block')} the conditions of plan {plan.name} ran in another order "
                 f"than was drawn{how}.",
         remedy="Let the sweep decide what is next; runs that were started by hand belong to no plan.",
-        groups=_names(case, [plan.conditions[place] for place in (base, *others)] if others else plan.conditions),
+        cases=[_names(case, [plan.conditions[base], plan.conditions[place]]) for place in others]
+              or _each(case, plan.conditions),
         figures=dict(plan=plan.name, moved=moved, blocks=n, arranged=names[1:] if others else []),
     )
 
@@ -212,14 +214,14 @@ def _other_code(
     other = rows[rows["package_hash"].notna() & (rows["package_hash"] != frozen)]
     words = f" {listed(sides, most=4)} ran with other code than {base}." if sides else " All sides moved together."
     verb = "was" if len(other) == 1 else "were"
-    wanted = {base, *sides} if sides else shares
+    conditions = {condition["name"]: condition for condition in plan.conditions}
+    with_base = [_names(case, [conditions[base], conditions[side]]) for side in sides]
     yield find(
         severity="serious" if sides else "warning",
         message=f"{count(len(other))} under plan {plan.name} {verb} made by other code than was there when it was "
                 f"frozen.{words}",
         remedy="Run all again with one code: plan anew, and change nothing until the sweep has ended.",
-        groups=_names(case, [c for c in plan.conditions if c["name"] in wanted]),
-        each=not sides,
+        cases=with_base or _each(case, [conditions[name] for name in shares]),
         runs=other["run_id"],
         figures=dict(plan=plan.name, runs=len(other), code=sorted({frozen, *other["package_hash"]}), sides=sides),
     )

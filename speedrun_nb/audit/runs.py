@@ -243,8 +243,7 @@ def _uncommitted(
         message=f"{count(len(batches), 'batch')} of {listed(names, most=4)} ran from code "
                 f"with uncommitted changes{where}{end}",
         remedy="Commit before running.",
-        groups=names,
-        each=True,
+        cases=[[name] for name in names],
         runs=runs,
         figures=dict(batches=list(batches), commits=commits, diff_hashes=hashes),
     )
@@ -327,8 +326,7 @@ def _tuned(
         severity=severity,
         message=f"Settings were looked for on one side: {shown}, the baseline with {base}.",
         remedy="Tune the baseline as much, with the same range and number of settings, or say that it was not tuned.",
-        groups=[group.name for group in case.groups if group.variant in tried],
-        each=True,
+        cases=[[group.name] for group in case.groups if group.variant in tried],
         figures=dict(settings=dict(tried), baseline=base),
     )
 

@@ -273,11 +273,11 @@ def _covered_by(
     seeds:list[int],
     others:dict[str, list[int]],  # name -> seeds
 )->str|None:
-    "A group that has nearly all seeds between the first and the last of these, which are less than half of those."
+    "A group that has nearly all seeds between the first and the last of these, which are no more than half of those."
     first, last = seeds[0], seeds[-1]
     for name, theirs in others.items():
         inside = [seed for seed in theirs if first <= seed <= last]
-        if len(inside) >= 0.9 * (last - first + 1) and len(seeds) < len(inside) / 2: return name
+        if len(inside) >= 0.9 * (last - first + 1) and len(seeds) <= len(inside) / 2: return name
     return None
 
 # %% ../../nbs/audit/06_seeds.ipynb #cell-41

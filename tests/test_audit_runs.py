@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import stub_train
+from examples import runs_of
 
 from speedrun_nb.audit.agreement import agreements, beyond_chance
 from speedrun_nb.audit.audit import audit, compare, run_checks
@@ -40,30 +41,6 @@ STUDY = load_study("cifar")
 pytestmark = pytest.mark.usefixtures("no_warnings")
 
 
-def runs_of(variant, n, rng, batch="b0", time=4.4, cv=0.01, step=1e-4, **columns):
-    "Clean runs, one a seed, with different fingerprints."
-    names = [f"{variant}-{batch}-{i}" for i in range(n)]
-    started = [f"2026-01-01T{i // 60 % 24:02d}:{i % 60:02d}:00+00:00" for i in range(n)]
-    rows = pd.DataFrame(dict(
-        run_id=names,
-        study="cifar",
-        profile="full",
-        variant=variant,
-        config_hash=f"hash-{variant}",
-        seed=range(n),
-        repeat=0,
-        batch=batch,
-        order=range(n),
-        status="completed",
-        host_id="host",
-        started_at=started,
-        time_seconds=rng.normal(time, cv * time, n),
-        accuracy=(rng.normal(0.94, 0.0012, n) / step).round() * step,
-        fingerprint=names,
-    ))
-    return rows.assign(config=[{"data.split": "validation"}] * n).assign(**columns)
-
-
 def case_of(*frames, provenances=None):
     return make_case(pd.concat(frames, ignore_index=True), STUDY, provenances=provenances)
 
@@ -82,7 +59,7 @@ def found(case):
 
 def test_every_planted_mistake_is_found_and_nothing_else():
     rng = np.random.default_rng(0)
-    base, other = runs_of("baseline", 60, rng), runs_of("det_crop", 60, rng, time=4.3)
+    base, other = runs_of("baseline", 60, rng=rng), runs_of("det_crop", 60, rng=rng, time=4.3)
     assert found(case_of(base, other)) == set()
 
     new_times = rng.normal(4.4, 0.04, 60)
@@ -122,10 +99,10 @@ def test_every_planted_mistake_is_found_and_nothing_else():
     assert found(case_of(base.assign(**fine), other.assign(**fine))) == set()
     resumed = other.assign(resumed_at=[None, 600] * 30)
     assert found(case_of(base, resumed)) == {("resumed-runs", "warning", ("det_crop",))}
-    dirty = {"cifar/full/det_crop/b0": dict(git=dict(commit="ab" * 20, dirty=True))}
+    dirty = {"cifar/demo/det_crop/b0": dict(git=dict(commit="ab" * 20, dirty=True))}
     assert found(case_of(base, other, provenances=dirty)) == {("uncommitted-code", "warning", ("det_crop",))}
     official = [{"data.split": "official"}] * 20
-    tested = [runs_of(name, 20, rng, config=official) for name in ("baseline", "a", "b", "c")]
+    tested = [runs_of(name, 20, rng=rng, config=official) for name in ("baseline", "a", "b", "c")]
     assert {(i, s) for i, s, _ in found(case_of(*tested))} == {("tuned-on-test", "warning")}
 
 
@@ -134,8 +111,8 @@ def test_one_copied_batch_among_many_is_found():
     rng = np.random.default_rng(1)
     accuracy = [rng.normal(0.94, 0.0012, 100).round(4) for _ in range(20)]
     accuracy[7], accuracy[12] = accuracy[3], accuracy[3]
-    frames = [runs_of(f"v{i:02d}", 100, rng, accuracy=a, fingerprint=None) for i, a in enumerate(accuracy)]
-    frames.append(runs_of("v03", 5, rng, batch="b1", accuracy=accuracy[3][:5], fingerprint=None))
+    frames = [runs_of(f"v{i:02d}", 100, rng=rng, accuracy=a, fingerprint=None) for i, a in enumerate(accuracy)]
+    frames.append(runs_of("v03", 5, rng=rng, batch="b1", accuracy=accuracy[3][:5], fingerprint=None))
     same = ("same-computation", "serious", ("v03", "v07", "v12"))
     copied = {("copied-runs", "warning", ("v03",)), ("repeated-seed", "warning", ("v03",))}
     assert found(case_of(*frames)) == {same} | copied
@@ -143,7 +120,7 @@ def test_one_copied_batch_among_many_is_found():
 
 def gpt_runs(variant, losses, prints, **config):
     "Runs of the other study, which has settings that say how rather than what."
-    rows = runs_of(variant, len(losses), np.random.default_rng(0), fingerprint=prints).drop(columns="accuracy")
+    rows = runs_of(variant, len(losses), rng=np.random.default_rng(0), fingerprint=prints).drop(columns="accuracy")
     settings = {"optimizer.sharded": False, "train.loss_chunk": None, "model.layers": 12} | config
     return rows.assign(study="gpt", profile="elsewhere", val_loss=losses, config=[settings] * len(losses))
 
@@ -178,7 +155,7 @@ def test_equal_results_within_a_group_are_copies_whatever_the_implementation():
 
 def test_copies_are_told_from_files_copied():
     rng = np.random.default_rng(2)
-    rows = runs_of("baseline", 100, rng, fingerprint=None)
+    rows = runs_of("baseline", 100, rng=rng, fingerprint=None)
     file = rows.assign(batch="b1", run_id=rows["run_id"] + "-copy", seed=range(500, 600))
     [f] = check_copied_runs(case_of(rows, file))
     assert f.metric is None and f.figures["times"] == "equal" and "records were copied" in f.message
@@ -202,7 +179,7 @@ def test_results_that_coincide_by_chance_are_no_copies(step, correlation):
     for n in [5, 10, 20, 50, 200] * 2:
         shared = rng.normal(0, 0.0012, n)
         places = [(variant, host) for variant in ("baseline", "a", "b") for host in ("north", "south")]
-        frames = [runs_of(variant, n, rng, batch=host, host_id=host, fingerprint=None) for variant, host in places]
+        frames = [runs_of(variant, n, rng=rng, batch=host, host_id=host, fingerprint=None) for variant, host in places]
         case = case_of(*(frame.assign(accuracy=related_to(shared)) for frame in frames))
         assert check_copied_runs(case) == check_same_computation(case) == check_inert_seed(case) == []
 
@@ -294,7 +271,7 @@ def test_conditions_hide_nothing_that_is_missing():
 
 def test_a_copy_among_forty_is_a_copy_and_not_a_seed_without_effect():
     rng = np.random.default_rng(9)
-    base = runs_of("baseline", 40, rng)
+    base = runs_of("baseline", 40, rng=rng)
     near = (base["time_seconds"] - base["time_seconds"].mean()).abs().argsort().iloc[:1]
     copy = base.iloc[near].assign(run_id="copy", seed=40, order=40)
     copy["time_seconds"] *= 1.001
@@ -307,7 +284,7 @@ def test_a_copy_among_forty_is_a_copy_and_not_a_seed_without_effect():
 
 def test_copies_without_fingerprints_and_curves_are_seen_by_their_jittered_times():
     rng = np.random.default_rng(10)
-    base = runs_of("baseline", 60, rng, fingerprint=None)
+    base = runs_of("baseline", 60, rng=rng, fingerprint=None)
     noise = rng.normal(1, 1e-4, 15)
     copies = base.tail(15).assign(run_id=[f"c{i}" for i in range(15)], seed=range(60, 75), order=range(60, 75))
     [f] = check_copied_runs(case_of(base, copies.assign(time_seconds=copies["time_seconds"] * noise)))
@@ -347,7 +324,7 @@ def clean_study(rng):
             accuracy=((0.94 + shared + rng.normal(0, 0.001, n)) / step).round() * step,
             curve=[curve_of(rng, seconds, noise, cv) for seconds in times],
         )
-        rows = runs_of(f"v{v}" if v else "baseline", n, rng, batch=f"h{h}", **columns | prints)
+        rows = runs_of(f"v{v}" if v else "baseline", n, rng=rng, batch=f"h{h}", **columns | prints)
         frames.append(rows.assign(batch=rows["batch"] + (rows["seed"] // 4).astype(str)) if blocks else rows)
     return case_of(*frames)
 
@@ -363,7 +340,7 @@ def test_clean_normal_times_have_no_outliers():
     rng = np.random.default_rng(5)
     alarms = 0
     for n in [8, 20, 100, 1000] * 6:
-        case = case_of(runs_of("baseline", n, rng), runs_of("det_crop", n, rng, step=1e-3))
+        case = case_of(runs_of("baseline", n, rng=rng), runs_of("det_crop", n, rng=rng, step=1e-3))
         alarms += len(run_checks("case", case))
     assert alarms <= 1  # of 48 groups in two metrics
 
@@ -372,7 +349,7 @@ def test_clean_normal_times_have_no_outliers():
 
 def bare(**columns):
     "Records with next to nothing in them."
-    names = dict(run_id=["a", "b"], study="cifar", profile="full", variant="baseline", config_hash="h", batch="b")
+    names = dict(run_id=["a", "b"], study="cifar", profile="demo", variant="baseline", config_hash="h", batch="b")
     nothing = dict(config=[None, None], seed=None, repeat=0, status="completed", started_at=None)
     return pd.DataFrame(names | nothing | columns)
 
@@ -406,7 +383,7 @@ def bare(**columns):
 @pytest.mark.parametrize("runs", [1, 2])
 def test_degenerate_records_are_audited(columns, runs):
     found(make_case(bare(**columns).head(runs), STUDY))
-    odd, without_metrics = {"cifar/full/baseline/b": {}, "odd": {"seeds": [1]}}, replace(STUDY, target=None, metrics={})
+    odd, without_metrics = {"cifar/demo/baseline/b": {}, "odd": {"seeds": [1]}}, replace(STUDY, target=None, metrics={})
     found(make_case(bare(**columns).head(runs), without_metrics, provenances=odd))
 
 
@@ -420,7 +397,7 @@ def test_degenerate_records_are_audited(columns, runs):
     dict(expected_runs=None, seeds=[], config=None),
 ])
 def test_provenance_may_lack_anything(provenance):
-    found(make_case(bare(), STUDY, provenances={"cifar/full/baseline/b": provenance}))
+    found(make_case(bare(), STUDY, provenances={"cifar/demo/baseline/b": provenance}))
 
 
 def test_no_groups_at_all():
@@ -430,7 +407,7 @@ def test_no_groups_at_all():
 
 def test_equal_times_are_no_outliers_and_no_copies():
     rng = np.random.default_rng(6)
-    base, other = (runs_of(name, 20, rng, time_seconds=t) for name, t in (("baseline", 4.4), ("det_crop", 4.3)))
+    base, other = (runs_of(name, 20, rng=rng, time_seconds=t) for name, t in (("baseline", 4.4), ("det_crop", 4.3)))
     assert found(case_of(base, other)) == set()
 
 
@@ -443,10 +420,10 @@ def test_curves_of_any_shape():
 def test_findings_for_records_read_back(tmp_path):
     "Runs of batches that were interrupted and taken up again are not missing."
     rng = np.random.default_rng(7)
-    rows = runs_of("baseline", 10, rng)
+    rows = runs_of("baseline", 10, rng=rng)
     interrupted = dict(status="interrupted", seeds=list(range(10)))
     taken_up = dict(status="completed", seeds=[6, 7, 8, 9])
-    provenances = {"cifar/full/baseline/b0": interrupted, "cifar/full/baseline/b1": taken_up}
+    provenances = {"cifar/demo/baseline/b0": interrupted, "cifar/demo/baseline/b1": taken_up}
     rows.loc[rows["seed"] > 5, "batch"] = "b1"
     assert check_missing_runs(case_of(rows, provenances=provenances)) == []
     [f] = check_missing_runs(case_of(rows[rows["seed"] < 9], provenances=provenances))

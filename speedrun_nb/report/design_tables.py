@@ -19,7 +19,7 @@ from ..evidence.comparison import Comparison
 from ..evidence.hosts import HostEffect
 from .study import StudyReport
 from .style import markdown
-from .tables import RELATIVE, counted, p_cell, signed_interval, signed_with_interval
+from .tables import RELATIVE, p_cell, signed_interval, signed_with_interval, units_counted
 
 # %% ../../nbs/report/03_design_tables.ipynb #cell-07
 def resolved_amount(
@@ -70,7 +70,7 @@ def _turns_cell(c:Comparison)->str:
 def counting_rows(c:Comparison)->list[dict]:
     "One row: what the difference counts as independent, and what it leaves out."
     basis = c.basis
-    row = {"independent": counted(c), "runs": c.baseline.n + c.variant.n, "runs left out": basis.unused}
+    row = {"independent": units_counted(c), "runs": c.baseline.n + c.variant.n, "runs left out": basis.unused}
     if basis.apart: row["blocks left out, apart in time"] = basis.apart
     return [row | {"in turns": _turns_cell(c)} | _spread_cells(c)]
 
@@ -94,7 +94,7 @@ _METHODS = {
 
 def _of_answer(answer:Answer, what:str, c:Comparison, use:str="")->Way:
     "A way from an answer by the design."
-    return Way(what, counted(c), answer.absolute, answer.ci95, answer.relative, answer.ci95_relative, answer.p, use)
+    return Way(what, units_counted(c), answer.absolute, answer.ci95, answer.relative, answer.ci95_relative, answer.p, use)
 
 # %% ../../nbs/report/03_design_tables.ipynb #cell-20
 def _design_ways(c:Comparison)->list[Way]:
@@ -102,7 +102,8 @@ def _design_ways(c:Comparison)->list[Way]:
     use = "" if c.estimate.method == "frontier" or c.raw.p is None else "judged"
     what = _METHODS[c.raw.method]
     if not c.fixed: return [_of_answer(c.raw, what, c, use)]
-    return [_of_answer(c.raw, f"{what}, looked at all along", c, use), _of_answer(c.fixed, f"{what}, as if looked at once", c)]
+    readings = (c.raw, "looked at all along", use), (c.fixed, "as if looked at once", "")
+    return [_of_answer(answer, f"{what}, {how}", c, use) for answer, how, use in readings]
 
 # %% ../../nbs/report/03_design_tables.ipynb #cell-21
 def _paired_ways(c:Comparison)->list[Way]:
@@ -127,8 +128,8 @@ def _as_if_independent(c:Comparison)->list[Way]:
     "All runs pooled; nothing where that is the design."
     if c.raw.method == "welch": return []
     d, p = c.difference, c.tests.welch.p if c.tests.welch else None
-    runs = count(c.baseline.n + c.variant.n)
-    return [Way("as if all runs were independent", runs, d.absolute, d.ci95, d.relative, d.ci95_relative, p, "described")]
+    what, runs = "as if all runs were independent", count(c.baseline.n + c.variant.n)
+    return [Way(what, runs, d.absolute, d.ci95, d.relative, d.ci95_relative, p, "described")]
 
 def ways(c:Comparison)->list[Way]:
     "Every way of looking at the difference of a comparison."
@@ -169,7 +170,8 @@ def _lines_of_others(c:Comparison)->list[HostLine]:
     def line(what, mean, interval):
         own = (mean, interval, None, None) if c.metric.quality else (None, None, mean, interval)
         return HostLine(what, None, None, *own)
-    return [line("mean over such hosts", across.mean, across.ci95), line("another such host", None, across.prediction95)]
+    mean = line("mean over such hosts", across.mean, across.ci95)
+    return [mean, line("another such host", None, across.prediction95)]
 
 def host_lines(c:Comparison)->list[HostLine]:
     "Every host, and what they say of others; empty for a single one."
@@ -215,7 +217,8 @@ def _several(report:StudyReport)->bool:
 def _signed_cells(c:Comparison, line:Way|HostLine, several:bool)->dict:
     "A difference with signs, in the metric's unit and in per cent."
     row = {"metric": c.metric.axis} if several else {}
-    row["change" if several else f"change of {c.metric.axis}"] = signed_with_interval(line.absolute, line.interval, c.metric)
+    change = "change" if several else f"change of {c.metric.axis}"
+    row[change] = signed_with_interval(line.absolute, line.interval, c.metric)
     return row | {"change (%)": signed_with_interval(line.relative, line.relative_interval, RELATIVE)}
 
 # %% ../../nbs/report/03_design_tables.ipynb #cell-40

@@ -132,8 +132,9 @@ def _standardised_rows(c:Comparison)->list[dict]:
 # %% ../../nbs/report/03_evidence_tables.ipynb #cell-20
 def _bootstrap_row(c:Comparison)->dict:
     "The difference with an interval that assumes no distribution."
-    d, name = c.difference, f"difference of all runs, bootstrap (BCa): variant minus baseline, {c.metric.better} is better"
+    d, better = c.difference, f"variant minus baseline, {c.metric.better} is better"
     value = difference_cells(d.absolute, d.ci95, c.metric)["difference"]
+    name = f"difference of all runs, bootstrap (BCa): {better}"
     return {"effect size": name, "value": value, "95 % interval": span(d.bca95, resolved_amount(c.metric, d.bca95))}
 
 # %% ../../nbs/report/03_evidence_tables.ipynb #cell-21

@@ -94,7 +94,8 @@ _METHODS = {
 
 def _of_answer(answer:Answer, what:str, c:Comparison, use:str="")->Way:
     "A way from an answer by the design."
-    return Way(what, units_counted(c), answer.absolute, answer.ci95, answer.relative, answer.ci95_relative, answer.p, use)
+    a, independent = answer, units_counted(c)
+    return Way(what, independent, a.absolute, a.ci95, a.relative, a.ci95_relative, a.p, use)
 
 # %% ../../nbs/report/03_design_tables.ipynb #cell-20
 def _design_ways(c:Comparison)->list[Way]:

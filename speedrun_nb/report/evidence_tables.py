@@ -9,7 +9,7 @@ __all__ = ['side_rows', 'test_rows', 'effect_rows', 'frontier_rows', 'reach_rows
 # %% ../../nbs/report/03_evidence_tables.ipynb #cell-02
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 from ..audit.findings import Finding
 from ..core.study import Metric

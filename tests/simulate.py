@@ -55,14 +55,19 @@ def first_quality(study: Study) -> Metric:
     return next(metric for metric in study.metrics.values() if metric.quality)
 
 
+def spread_of(metric: Metric, typical: Typical) -> float:
+    "The standard deviation of runs of one batch."
+    return typical.spread.get(metric.name, 0.01 * typical_value(metric, typical))
+
+
 def measure(study: Study, typical: Typical, effect: tuple[float, float], noise: random.Random) -> dict[str, float]:
     "Every metric of one run: costs follow the time, qualities the first quality, memory neither."
     quality = first_quality(study)
     changes = dict(zip(("time_seconds", quality.name), effect, strict=True))
     measured = {}
     for name, change in changes.items():
-        value = typical_value(study.metrics[name], typical)
-        measured[name] = value + change + noise.gauss(0, typical.spread.get(name, 0.01 * value))
+        metric = study.metrics[name]
+        measured[name] = typical_value(metric, typical) + change + noise.gauss(0, spread_of(metric, typical))
     slower = measured["time_seconds"] / typical_value(study.metrics["time_seconds"], typical)
     better = measured[quality.name] - typical_value(quality, typical)
     for name, metric in study.metrics.items():
@@ -105,22 +110,54 @@ def result_of(study: Study, typical: Typical, variant: Variant, seed: int, measu
         tokens=tokens and dict(trained=tokens, unique=tokens // 2, passes=2.0))
 
 
-def simulated_provenance() -> dict:
-    return dict(status="completed", host_id="simulated", cpu="simulated", packages={}, git={}, gpus=[])
+def simulated_provenance(host: str) -> dict:
+    return dict(status="completed", host_id=host, cpu="simulated", packages={}, git={}, gpus=[])
+
+
+@dataclass(frozen=True)
+class Layout:
+    "How runs are spread over batches and blocks: a block holds a batch of every variant, an hour after the last one."
+    variants: int
+    seeds_per_batch: int
+    between: float  # standard deviation of what blocks, and batches in them, add to times, in that of runs
+    hosts: tuple[str, ...]
+
+    def block(self, seed: int) -> int: return seed // self.seeds_per_batch
+
+    def batch(self, seed: int) -> str: return f"simulated-{self.block(seed):02d}"
+
+    def host(self, seed: int) -> int: return self.block(seed) % len(self.hosts)
+
+    def state(self, seed: int, place: int) -> float:
+        "What the machine's state adds to the times of a batch, in standard deviations of runs."
+        block = self.block(seed)
+        together, alone = (random.Random(f"{block} {what}").gauss(0, 1) for what in ("block", place))
+        return self.between * (together + alone)
+
+    def turn(self, seed: int, place: int) -> dict:
+        "When a run was made, and where in the order of all."
+        before = place * self.seeds_per_batch + seed % self.seeds_per_batch
+        started = START + timedelta(hours=self.block(seed), minutes=before)
+        times = dict(started_at=started.isoformat(), ended_at=(started + timedelta(seconds=50)).isoformat())
+        order = self.block(seed) * self.variants * self.seeds_per_batch + before
+        where = dict(host_id=self.hosts[self.host(seed)], block=self.block(seed), batch=self.batch(seed))
+        return where | times | dict(order=order)
 
 
 def cell_of(variant: Variant, sweep: str | None) -> dict:
-    "What is the same for all runs of a batch."
+    "What is the same for all runs of a variant."
     named = dict(study=variant.study.name, profile=variant.profile, variant=variant.name)
-    asked = dict(config=variant.flat, config_hash=variant.config_hash, repeat=0, batch="simulated", sweep=sweep)
-    return named | asked | dict(host_id="simulated", clock=variant.study.clock)
+    asked = dict(config=variant.flat, config_hash=variant.config_hash, repeat=0, sweep=sweep)
+    return named | asked | dict(clock=variant.study.clock)
 
 
-def turn_of(seed: int, place: int, places: int) -> dict:
-    "When a run was made: a block for each seed, in which every variant has its place."
-    started = START + timedelta(hours=seed, minutes=place)
-    ended = started + timedelta(seconds=50)
-    return dict(block=seed, order=seed * places + place, started_at=started.isoformat(), ended_at=ended.isoformat())
+def add_run(folder: Path, record: dict) -> None:
+    "Append a record to its batch, which is made if need be."
+    batch = folder / record["batch"]
+    if not batch.exists():
+        batch.mkdir(parents=True)
+        write_json(batch / "provenance.json", simulated_provenance(record["host_id"]))
+    append_record(batch / "runs.jsonl", record)
 
 
 def simulated_runs(
@@ -130,18 +167,22 @@ def simulated_runs(
     effects: dict | None = None,  # variant -> (seconds, quality) to add to what is typical, in stored units
     runs: int = 8,                # of each variant
     sweep: str | None = None,     # name of the plan that they are made under
+    seeds_per_batch: int = 1,     # a batch of every variant is a block
+    between: float = 0.0,         # how much blocks and batches differ in time, in standard deviations of runs
+    hosts: tuple[str, ...] = ("simulated",),  # which take turns, block by block; each is a tenth slower than the last
 ) -> None:
-    "Write simulated records. The variants took turns, a block for each seed."
+    "Write simulated records as a sweep leaves them: the variants took turns, in blocks of one batch each."
     effects = effects or {"baseline": (0, 0)}
     known, noise = load_study(study), random.Random(0)
-    typical = typical_of(known)
+    typical, layout = typical_of(known), Layout(len(effects), seeds_per_batch, between, hosts)
     ready = Ready("cpu", "fp32", 1, 0.0, {}, ranks=typical.ranks)
-    for place, (name, effect) in enumerate(effects.items()):
+    time = known.metrics["time_seconds"]
+    usual, spread = typical_value(time, typical), spread_of(time, typical)
+    for place, (name, (seconds, quality)) in enumerate(effects.items()):
         variant = resolve(known, name, profile)
-        folder = Path(outputs) / study / profile / name / "simulated"
-        folder.mkdir(parents=True)
-        write_json(folder / "provenance.json", simulated_provenance())
         for seed in range(runs):
+            slower = 0.1 * layout.host(seed) * (usual + seconds)
+            effect = seconds + slower + spread * layout.state(seed, place), quality
             result = result_of(known, typical, variant, seed, measure(known, typical, effect, noise))
-            cell = cell_of(variant, sweep) | turn_of(seed, place, len(effects))
-            append_record(folder / "runs.jsonl", make_record(result, ready, cell, known.metrics))
+            cell = cell_of(variant, sweep) | layout.turn(seed, place)
+            add_run(Path(outputs) / study / profile / name, make_record(result, ready, cell, known.metrics))

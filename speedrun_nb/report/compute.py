@@ -128,12 +128,12 @@ def spent(
 def _records(stage:Stage)->list[dict]:
     return stage.frame.drop(columns=["curve", "regions"], errors="ignore").to_dict("records")
 
-# %% ../../nbs/report/06_compute.ipynb #cell-29
+# %% ../../nbs/report/06_compute.ipynb #cell-27
 def _at_least(total:Spent, name:str, text:str|None)->str|None:
     "Mark a sum of which parts are not known."
     return f"≥{NBSP}{text}" if text is not None and name in total.unknown else text
 
-# %% ../../nbs/report/06_compute.ipynb #cell-30
+# %% ../../nbs/report/06_compute.ipynb #cell-28
 def _spent_row(
     total:Spent,
     process:str,  # "GPU" or "process"
@@ -145,12 +145,12 @@ def _spent_row(
         "tokens trained (million)": _at_least(total, "tokens", millions(total.tokens)),
         "operations": _at_least(total, "flops", scientific(total.flops))}
 
-# %% ../../nbs/report/06_compute.ipynb #cell-31
+# %% ../../nbs/report/06_compute.ipynb #cell-29
 def _process_kind(stages:Iterable[Stage])->str:
     "What the hours are hours of."
     return "GPU" if all((stage.frame["device"] == "cuda").all() for stage in stages) else "process"
 
-# %% ../../nbs/report/06_compute.ipynb #cell-33
+# %% ../../nbs/report/06_compute.ipynb #cell-31
 def _spent_by_variant(stage:Stage)->dict[str, Spent]:
     "What each variant took, in the order of the tables; those that no table shows come last."
     runs = _records(stage)
@@ -162,7 +162,7 @@ def _spent_by_variant(stage:Stage)->dict[str, Spent]:
         totals[variant] = spent(stage, mine)
     return totals
 
-# %% ../../nbs/report/06_compute.ipynb #cell-34
+# %% ../../nbs/report/06_compute.ipynb #cell-32
 def compute_table(stages:list[Stage])->str:
     "A row for each variant in each profile, and their sum: everything that was run, also under other settings."
     rows, totals, process = [], [], _process_kind(stages)
@@ -173,7 +173,7 @@ def compute_table(stages:list[Stage])->str:
     if len(rows) > 1: rows.append({"profile": "all", "variant": ""} | _spent_row(together(totals), process))
     return markdown(rows, right=2)
 
-# %% ../../nbs/report/06_compute.ipynb #cell-37
+# %% ../../nbs/report/06_compute.ipynb #cell-35
 def _spent_words(
     total:Spent,
     process:str,  # "GPU" or "process"
@@ -189,7 +189,7 @@ def _spent_words(
         words.append(f"computed {least.get('flops', '')}{scientific(total.flops)} floating-point operations")
     return words
 
-# %% ../../nbs/report/06_compute.ipynb #cell-38
+# %% ../../nbs/report/06_compute.ipynb #cell-36
 def compute_sentence(stages:list[Stage])->str:
     "What everything took together."
     if not stages: return "Nothing has been computed yet."
@@ -200,7 +200,7 @@ def compute_sentence(stages:list[Stage])->str:
     parts = _spent_words(total, _process_kind(stages))
     return f"{text} Together they {listed(parts)}." if parts else f"{text} What they took is not known."
 
-# %% ../../nbs/report/06_compute.ipynb #cell-43
+# %% ../../nbs/report/06_compute.ipynb #cell-41
 _COMPILED = {"graphs": "graphs", "recompiles": "recompilations", "fallbacks": "fallbacks to eager"}
 
 def _compiled_row(stage:Stage, group:Group)->dict:
@@ -216,7 +216,7 @@ def _compiled_row(stage:Stage, group:Group)->dict:
         row[heading] = significant(mean, 3)
     return row
 
-# %% ../../nbs/report/06_compute.ipynb #cell-44
+# %% ../../nbs/report/06_compute.ipynb #cell-42
 def compiled_table(stages:Iterable[Stage])->str:
     "A row for each variant that was compiled: programs, recompilations and falls back to eager execution in a run."
     rows = [_compiled_row(stage, group) for stage in stages for _, group in stage.pairs]

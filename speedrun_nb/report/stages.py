@@ -21,7 +21,7 @@ from ..core.variants import profile_names, resolve, variant_names, without_stage
 from ..core.words import count, listed, significant
 from ..evidence.case import make_case
 from ..evidence.groups import Group
-from .study import StudyReport, compared
+from .study import StudyReport, pairs_of
 from .style import main_metrics, markdown
 from .tables import mean_and_spread, relative_change
 
@@ -64,7 +64,7 @@ def _load_stage(
 )->Stage:
     "One stage, with what is compared in it."
     case = make_case(frame, study, profile, provenances)
-    found = compared(case)
+    found = pairs_of(case)
     baselines = {group.name: baseline for baseline, group in found.pairs}
     pairs = [(baselines.get(group.name), group) for group in found.groups]
     return Stage(profile, study, pairs, case.rows, provenances, case.own)
@@ -153,16 +153,16 @@ def mean_of_known(values:Iterable[float|None])->float|None:
     known = [value for value in values if value is not None and math.isfinite(value)]
     return sum(known) / len(known) if known else None
 
-# %% ../../nbs/report/05_stages.ipynb #cell-30
+# %% ../../nbs/report/05_stages.ipynb #cell-29
 def millions(value:float|None)->str|None: return None if value is None else significant(value * 1e-6)
 
-# %% ../../nbs/report/05_stages.ipynb #cell-32
+# %% ../../nbs/report/05_stages.ipynb #cell-31
 def _weights(stage:Stage, group:Group)->str|None:
     "The size of a model, in millions of weights."
     settings = whole_settings(stage, group.variant, group.config)
     return millions(stage.study.weights(settings)) if stage.study.weights and settings else None
 
-# %% ../../nbs/report/05_stages.ipynb #cell-34
+# %% ../../nbs/report/05_stages.ipynb #cell-33
 def _tokens_row(stage:Stage, baseline:Group|None, group:Group)->dict:
     "One variant: tokens of a run, passes over its data, weights, memory."
     tokens = [tokens_of(run) for run in group.runs.to_dict("records")]
@@ -175,7 +175,7 @@ def _tokens_row(stage:Stage, baseline:Group|None, group:Group)->dict:
     memory = main_metrics(stage.study)[2]
     return row | _with_change(memory, baseline, group)
 
-# %% ../../nbs/report/05_stages.ipynb #cell-35
+# %% ../../nbs/report/05_stages.ipynb #cell-34
 def tokens_table(stages:Iterable[Stage])->str:
     "A row for each variant in each profile: tokens that a run trained on and how many were different, weights, memory."
     return markdown([_tokens_row(stage, *pair) for stage in stages for pair in stage.pairs], right=2)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RELATIVE', 'mean_and_spread', 'interval', 'signed', 'signed_interval', 'signed_with_interval', 'p_cell', 'runs_table',
-           'summary_table', 'comparison_table', 'baseline_of', 'relative_change', 'costs_table', 'settings_table',
-           'hyperparameter_table', 'machine_table']
+           'summary_table', 'units_counted', 'comparison_table', 'baseline_of', 'relative_change', 'costs_table',
+           'settings_table', 'hyperparameter_table', 'machine_table']
 
 # %% ../../nbs/report/02_tables.ipynb #cell-02
 from collections import Counter
@@ -17,8 +17,9 @@ import pandas as pd
 from ..core.errors import one_of
 from ..core.settings import show_setting
 from ..core.study import Metric
-from ..core.words import NBSP, finer, half, p_value
-from ..evidence.comparison import Comparison, raw_answer
+from ..core.words import NBSP, count, finer, half, p_value
+from ..evidence.answer import answer_of
+from ..evidence.comparison import Comparison
 from ..evidence.groups import Group
 from ..evidence.plans import EXPLORATORY
 from .study import StudyReport
@@ -176,18 +177,22 @@ def _metric_cell(metric:Metric)->str:
     name = metric.axis if len(metric.axis) > 12 else metric.axis.replace(" ", NBSP)
     return f"{arrow}{NBSP}{name}"
 
-def _method_cell(c:Comparison)->str:
-    "The estimate that the verdict judges."
-    if c.estimate.method == "stratified": return f"within {c.strata[0].kind}s"
-    return {"frontier": "at equal quality", "welch": "Welch"}.get(c.estimate.method, "pairs")
-
 # %% ../../nbs/report/02_tables.ipynb #cell-31
-def _effect_cell(c:Comparison)->str|None:
-    "Hedges' g; None within blocks, where pooled runs have no common spread."
-    g = c.effect.hedges_g
-    return None if g is None or c.stratified else f"{g:+.2f}"
+def units_counted(c:Comparison)->str:
+    "What the difference counts as independent: `8 blocks`; batches and runs are those of the smaller side."
+    basis = c.basis
+    if basis.method in ("blocks", "hosts"): return count(basis.units, basis.method.removesuffix("s"))
+    if basis.method == "paired": return count(c.paired.n, "pair")
+    text = f"{count(basis.units, basis.unit)} a side"
+    return f"{text}, within hosts" if basis.method == "stratified" else text
 
-# %% ../../nbs/report/02_tables.ipynb #cell-33
+# %% ../../nbs/report/02_tables.ipynb #cell-32
+def _by_cell(c:Comparison)->str:
+    "What the verdict judges, by what it counts."
+    if c.estimate.method == "frontier": return f"distance from {count(len(c.frontier.budgets), 'other budget')}"
+    return units_counted(c)
+
+# %% ../../nbs/report/02_tables.ipynb #cell-34
 def _comparison_row(report:StudyReport, c:Comparison)->dict:
     "One variant against its baseline."
     e = c.estimate
@@ -196,45 +201,47 @@ def _comparison_row(report:StudyReport, c:Comparison)->dict:
     row |= {
         "verdict": c.verdict.outcome,
         "metric": _metric_cell(c.metric),
-        "by": _method_cell(c),
+        "counted": _by_cell(c),
         "change": signed(e.absolute, e.ci95, c.metric),
         "change (%)": signed(e.relative, e.ci95_relative, RELATIVE),
         "95 % interval (%)": signed_interval(e.ci95_relative, RELATIVE),
         "p": p_cell(e.p, NBSP)}
-    corrected = any(other.family for other in report.comparisons)
-    if corrected: row["p (Holm)"] = c.family and p_cell(c.family.p_adjusted, NBSP)
-    return row | {"Hedges' g": _effect_cell(c), "guard": c.guard and c.guard.outcome}
+    at_claim = p_cell(e.p_claim, NBSP) if c.claim else None
+    if any(other.family for other in report.comparisons):
+        row["p at claim (Holm)"] = p_cell(c.family.p_adjusted, NBSP) if c.family and c.claim else at_claim
+    else: row["p at claim"] = at_claim
+    return row | {"guard": c.guard and c.guard.outcome}
 
-# %% ../../nbs/report/02_tables.ipynb #cell-34
+# %% ../../nbs/report/02_tables.ipynb #cell-35
 def comparison_table(report:StudyReport)->str:
-    "A row a variant: its change from the baseline on the claim's metric, the test, the guard and the verdict."
+    "A row a variant: its change from the baseline on the claim's metric, what it counts, tests, guard and verdict."
     return markdown([_comparison_row(report, c) for c in report.comparisons])
 
-# %% ../../nbs/report/02_tables.ipynb #cell-37
+# %% ../../nbs/report/02_tables.ipynb #cell-38
 def baseline_of(report:StudyReport, group:Group)->Group|None:
     "The group that a group is compared with."
     name = next((c.baseline.name for c in report.comparisons if c.variant.name == group.name), None)
     return next((g for g in report.groups if g.name == name), None)
 
-# %% ../../nbs/report/02_tables.ipynb #cell-38
+# %% ../../nbs/report/02_tables.ipynb #cell-39
 def relative_change(
     baseline:Group|None,
     group:Group,
     metric:Metric,
 )->str|None:       # "−2.89 (−3.51 to −2.27)", in per cent; None where it is not known, or is the baseline itself
-    "The relative change of a metric from the baseline, with its 95 % interval."
+    "The relative change of a metric from the baseline by the design, with its 95 % interval."
     if baseline is None: return None
     if (baseline.variant, baseline.config_hash) == (group.variant, group.config_hash): return None
-    answer = raw_answer(baseline, group, metric)
+    answer, _ = answer_of(baseline, group, metric)
     text = signed_with_interval(answer.relative, answer.ci95_relative, replace(RELATIVE, digits=2))
     return text and text.replace(" to ", f"{NBSP}to{NBSP}")
 
-# %% ../../nbs/report/02_tables.ipynb #cell-39
+# %% ../../nbs/report/02_tables.ipynb #cell-40
 def _has_values(report:StudyReport, metric:Metric)->bool:
     "Did any run measure it?"
     return any(group.values(metric.name).notna().any() for group in report.groups)
 
-# %% ../../nbs/report/02_tables.ipynb #cell-41
+# %% ../../nbs/report/02_tables.ipynb #cell-42
 def _cost_metrics(
     report:StudyReport,
     names:Sequence[str],  # none: all costs but time
@@ -246,7 +253,7 @@ def _cost_metrics(
     asked = [known[name] for name in names or costs]
     return [metric for metric in asked if _has_values(report, metric)]
 
-# %% ../../nbs/report/02_tables.ipynb #cell-42
+# %% ../../nbs/report/02_tables.ipynb #cell-43
 def _cost_row(report:StudyReport, group:Group, metrics:Iterable[Metric])->dict:
     "One variant: what it cost, and how that differs from its baseline."
     row, baseline = {"variant": group.variant}, baseline_of(report, group)
@@ -255,12 +262,12 @@ def _cost_row(report:StudyReport, group:Group, metrics:Iterable[Metric])->dict:
         row[f"Δ {metric.label} (%)"] = relative_change(baseline, group, metric)
     return row
 
-# %% ../../nbs/report/02_tables.ipynb #cell-44
+# %% ../../nbs/report/02_tables.ipynb #cell-45
 def _without_changes(rows:list[dict])->list[dict]:
     "The rows without the columns of changes."
     return [{name: value for name, value in row.items() if not name.startswith("Δ")} for row in rows]
 
-# %% ../../nbs/report/02_tables.ipynb #cell-45
+# %% ../../nbs/report/02_tables.ipynb #cell-46
 def costs_table(
     report:StudyReport,
     names:Sequence[str]=(),  # of metrics; none: all costs but the time that the summary shows
@@ -272,7 +279,7 @@ def costs_table(
     changed = any(value is not None for value in changes)
     return markdown(rows if changed else _without_changes(rows))
 
-# %% ../../nbs/report/02_tables.ipynb #cell-49
+# %% ../../nbs/report/02_tables.ipynb #cell-50
 def _baseline_settings(report:StudyReport)->dict[str, dict]:
     "The settings of every baseline, by the heading of its column."
     named = [name for name in report.baselines if name in report.variants]
@@ -281,7 +288,7 @@ def _baseline_settings(report:StudyReport)->dict[str, dict]:
     any_variant = next(iter(report.variants.values()))
     return {"baseline": any_variant.baseline}
 
-# %% ../../nbs/report/02_tables.ipynb #cell-50
+# %% ../../nbs/report/02_tables.ipynb #cell-51
 def _all_settings(baselines:Mapping[str, Mapping])->list[str]:
     "The names of all settings that any baseline has."
     return list(dict.fromkeys(name for flat in baselines.values() for name in flat))
@@ -291,7 +298,7 @@ def _setting_row(baselines:Mapping[str, Mapping], name:str)->dict:
     values = {heading: show_setting(flat[name]) if name in flat else None for heading, flat in baselines.items()}
     return {"setting": name} | values
 
-# %% ../../nbs/report/02_tables.ipynb #cell-52
+# %% ../../nbs/report/02_tables.ipynb #cell-53
 def _changes_of(report:StudyReport, name:str)->dict[str, list[str]]:
     "The values that variants give a setting, each with the variants that do."
     changes = {}
@@ -302,13 +309,13 @@ def _changes_of(report:StudyReport, name:str)->dict[str, list[str]]:
 
 def _section_of(name:str)->str: return name.partition(".")[0]
 
-# %% ../../nbs/report/02_tables.ipynb #cell-53
+# %% ../../nbs/report/02_tables.ipynb #cell-54
 def _changed_sections(report:StudyReport)->set[str]:
     "The sections in which any variant changes a setting."
     changed = [report.variants[group.variant].changed for group in report.groups]
     return {_section_of(name) for names in changed for name in names}
 
-# %% ../../nbs/report/02_tables.ipynb #cell-55
+# %% ../../nbs/report/02_tables.ipynb #cell-56
 def settings_table(report:StudyReport)->str:
     "What the variants change: a row for each new value, among settings of the same section that nobody changes."
     if report.empty: return markdown([])
@@ -325,7 +332,7 @@ def settings_table(report:StudyReport)->str:
     rows.append({"setting": f"{rest} others", "changed?": "no"})
     return markdown(rows, right=4 + len(baselines))
 
-# %% ../../nbs/report/02_tables.ipynb #cell-56
+# %% ../../nbs/report/02_tables.ipynb #cell-57
 def hyperparameter_table(report:StudyReport)->str:
     "Every setting of the baseline in this profile, and which variants change it."
     if report.empty: return markdown([])
@@ -335,7 +342,7 @@ def hyperparameter_table(report:StudyReport)->str:
         rows.append(_setting_row(baselines, name) | {"changed?": ", ".join(by) or "no"})
     return markdown(rows, right=2 + len(baselines))
 
-# %% ../../nbs/report/02_tables.ipynb #cell-59
+# %% ../../nbs/report/02_tables.ipynb #cell-60
 def _gpus(provenance:Mapping)->str:
     "The GPUs of a batch: `8 × NVIDIA H100`."
     counts = Counter(gpu.get("name", "") for gpu in provenance.get("gpus") or [])
@@ -344,19 +351,19 @@ def _gpus(provenance:Mapping)->str:
 def _drivers(provenance:Mapping)->str:
     return ", ".join({gpu.get("driver_version", "") for gpu in provenance.get("gpus") or []})
 
-# %% ../../nbs/report/02_tables.ipynb #cell-60
+# %% ../../nbs/report/02_tables.ipynb #cell-61
 def _commit(provenance:Mapping)->str:
     git = provenance.get("git") or {}
     dirty = " with uncommitted changes" if git.get("dirty") else ""
     return (git.get("commit") or "")[:10] + dirty
 
-# %% ../../nbs/report/02_tables.ipynb #cell-62
+# %% ../../nbs/report/02_tables.ipynb #cell-63
 def _torch(provenance:Mapping)->str|None: return (provenance.get("packages") or {}).get("torch")
 
 def _data_hashes(provenance:Mapping)->str:
     return ", ".join(f"{name} {digest[:10]}" for name, digest in (provenance.get("data") or {}).items())
 
-# %% ../../nbs/report/02_tables.ipynb #cell-63
+# %% ../../nbs/report/02_tables.ipynb #cell-64
 _FACTS = {  # heading -> key of a provenance, or what reads it
     "processor": "cpu", "GPU": _gpus, "GPU driver": _drivers, "CUDA": "cuda",
     "operating system": "os", "Python": "python", "PyTorch": _torch,
@@ -371,7 +378,7 @@ def _fact(
     answers = [p.get(read) if isinstance(read, str) else read(p) for p in provenances]
     return ", ".join(sorted({str(answer) for answer in answers if answer}))
 
-# %% ../../nbs/report/02_tables.ipynb #cell-64
+# %% ../../nbs/report/02_tables.ipynb #cell-65
 def machine_table(report:StudyReport)->str:
     "What the runs were made on and with; a row for each known fact."
     facts = {heading: _fact(report.provenances.values(), read) for heading, read in _FACTS.items()}

@@ -23,7 +23,7 @@ from ..core.study import Metric, Study
 from ..core.variants import Variant, resolve
 from ..core.words import amount, change, count, exact_amount, finer, half, relative_amount, span
 from ..evidence.case import Case, make_case
-from ..evidence.comparison import Answer, raw_answer
+from ..evidence.answer import Answer, answer_of
 from ..evidence.groups import Group
 from ..stats.describe import plain
 from .file import Promotion, Sweep
@@ -172,11 +172,11 @@ def judge(
     figures = dict(runs=runs[0], runs_baseline=runs[1], failed=group.failed if group else 0,
                    diverged=group.diverged if group else 0)
     if min(runs) < rule.runs: return _too_few(name, group, baseline, metrics, rule, figures)
-    answer, against = raw_answer(baseline, group, metric), _serious_findings(stage, group, metrics)
+    (answer, _), against = answer_of(baseline, group, metric), _serious_findings(stage, group, metrics)
     figures |= _effect(answer, metric) | dict(findings=[f.id for f in against])
     words = [effect_words(answer, metric, rule.at_least, runs)]
     if guard:
-        answer = raw_answer(baseline, group, guard)
+        answer, _ = answer_of(baseline, group, guard)
         figures |= _guarded(answer, guard)
         words.append(guard_words(answer, guard, rule.guard.margin))
     lost, copied = lost_runs(group, metrics), any(f.id in COPIES for f in against)

@@ -30,6 +30,7 @@ class Finding:
     remedy:str                # one sentence: what to do
     runs:tuple[str,...]=()    # run_ids concerned
     groups:tuple[str,...]=()  # names of the groups concerned
+    cases:tuple[tuple[str,...],...]=()  # the groups of each case of it; empty: all groups are one case
     figures:dict = field(default_factory=dict)  # name -> number, string or list, ready for JSON
     metric:str|None=None      # the metric it bears on; None: all
     study:str|None=None
@@ -39,8 +40,9 @@ class Finding:
 
     def concerns(self, names:Iterable[str])->bool:
         "Does it concern a comparison of these two groups?"
-        named = set(self.groups)
-        return not named or len(named & set(names)) == min(2, len(named))
+        named, names = set(self.groups), set(names)
+        if self.cases: return any(names.issuperset(case) for case in self.cases)
+        return not named or len(named & names) == min(2, len(named))
 
     def undermines(self, metric:str)->bool:
         "Does it make a verdict in this metric, on groups that it concerns, untrustworthy?"
@@ -57,18 +59,22 @@ def find(
     severity:str,
     message:str,
     remedy:str,
-    groups:Iterable[str]=(),  # names
+    groups:Iterable[str]=(),  # names; by default those of the cases
+    cases:Iterable[Iterable[str]]=(),  # names, for each case of one cause
     runs:Iterable=(),         # run_ids; those that are None are left out
     figures:dict|None=None,   # numbers may be NaN or numpy's
     metric:str|None=None,
 )->Finding:
     "A finding, its parts made ready for JSON."
+    cases = tuple(dict.fromkeys(map(tuple, cases)))
+    groups = tuple(groups) or [name for case in cases for name in case]
     return Finding(
         severity=severity,
         message=message,
         remedy=remedy,
         runs=tuple(str(run) for run in runs if not pd.isna(run)),
         groups=tuple(dict.fromkeys(groups)),
+        cases=cases,
         figures=json_ready(figures or {}),
         metric=metric,
     )

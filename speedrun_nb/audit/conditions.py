@@ -128,7 +128,8 @@ def _with_facts(
 def _when_and_where(table:pd.DataFrame)->pd.DataFrame:
     "The table with `when`, `guessed` and `place`."
     hosts = zip(*(table[name] for name in ("host_id", *TRACES)), strict=True)
-    table = table.assign(when=_seconds(table["started_at"]), ended=_seconds(table.pop("ended_at")), guessed=False, place=[_place(*host) for host in hosts])
+    when, ended = (_seconds(table[name]) for name in ("started_at", "ended_at"))
+    table = table.assign(when=when, ended=ended, guessed=False, place=[_place(*host) for host in hosts])
     for _, rows in table.groupby("place"):
         if rows["when"].notna().any(): continue
         when, guessed = _positions(rows)
@@ -140,7 +141,7 @@ def _when_and_where(table:pd.DataFrame)->pd.DataFrame:
 @once
 def table_of(
     case:Case,
-)->pd.DataFrame:  # group, variant, run_id, batch, order, block, when and ended (s), guessed, place, what it ran with, metrics
+)->pd.DataFrame:  # group, variant, run_id, batch, order, block, when, ended (s), guessed, place, conditions, metrics
     "The conditions of all counted runs; not to be changed."
     table = _recorded(case)
     if table.empty: return table.assign(when=[], ended=[], guessed=[], place=[])

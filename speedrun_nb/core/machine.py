@@ -59,7 +59,8 @@ def package_hash()->str: # 12 hexadecimal digits
         digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
 
-PACKAGES = "speedrun_nb torch triton numpy scipy statsmodels pandas pyarrow papermill ipykernel matplotlib PyYAML".split()
+PACKAGES = ("speedrun_nb torch triton numpy scipy statsmodels pandas pyarrow papermill ipykernel matplotlib "
+            "PyYAML").split()
 
 # %% ../../nbs/core/07_machine.ipynb #cell-13
 def package_versions()->dict[str, str]:

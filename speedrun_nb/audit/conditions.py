@@ -102,7 +102,7 @@ def _compilation(compiled:pd.Series)->pd.Series:
 
 def _recorded(case:Case)->pd.DataFrame:
     "What the records say, group after group."
-    place = ["run_id", "variant", "batch", "order", "sweep", "block", "ended_at"]
+    place = ["run_id", "variant", "batch", "order", "sweep", "block", "ended_at", "resumed_at"]
     columns = [*place, *RECORDED, "compiled", *case.study.metrics]
     groups = [group for group in case.groups if len(group.runs)]
     if not groups: return pd.DataFrame(columns=[*columns, "group", "compilation"])
@@ -146,7 +146,7 @@ def table_of(
     table = _recorded(case)
     if table.empty: return table.assign(when=[], ended=[], guessed=[], place=[])
     table = _with_facts(case, table)
-    for name in ("order", "block", *case.study.metrics): table[name] = _finite(table[name])
+    for name in ("order", "block", "resumed_at", *case.study.metrics): table[name] = _finite(table[name])
     return _when_and_where(table).sort_values(["when", "order"], kind="stable", ignore_index=True)
 
 # %% ../../nbs/audit/12_conditions.ipynb #cell-25

@@ -12,7 +12,7 @@ import pandas as pd
 
 from .conditions import by_group, table_of
 from .findings import SEVERITIES, Finding, check, find
-from .weight import weigh_group
+from .weight import weigh_runs
 from ..core.words import count, listed
 from ..evidence.case import Case
 from ..evidence.groups import Group
@@ -41,13 +41,12 @@ def impossible(table:pd.DataFrame)->tuple[pd.DataFrame, pd.DataFrame]:
     return rows[rows["time_seconds"] > rows["wall"] + _tolerance(rows)], rows[part < _PART * usual]
 
 # %% ../../nbs/audit/13_durations.ipynb #cell-09
+_MOST = 0.5  # of the runs of a group
+
 def _severity(case:Case, group:Group, odd:pd.Series)->str:
     "How bad it is; `odd`: which runs of the group have an impossible time."
-    times = group.values("time_seconds")
-    every, rest = times.dropna(), times[~odd].dropna()
-    if len(rest) <= len(every) / 2: return "serious"
-    size = abs(float(every.mean() - rest.mean()))
-    weight = weigh_group(case, group, "time_seconds", lambda rival: size)
+    if odd.mean() > _MOST: return "serious"
+    weight = weigh_runs(case, group, "time_seconds", set(group.runs["run_id"][odd]))
     return "warning" if weight is None else _at_least_warning(weight)
 
 def _at_least_warning(severity:str)->str: return "warning" if severity == "note" else severity

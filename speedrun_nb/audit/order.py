@@ -17,6 +17,7 @@ from scipy import stats
 from .conditions import beside_baseline, brief, known, name_of, on_groups, table_of
 from .findings import SEVERITIES, Finding, check, find
 from .machines import speeds
+from .weight import weigh_in
 from ..core.words import listed, percent, rough_amount
 from ..evidence.case import Case
 from ..stats.family import holm
@@ -189,14 +190,31 @@ def drifts(
     return largest_first.drop_duplicates(["group", "place", "metric"])
 
 # %% ../../nbs/audit/15_order.ipynb #cell-40
-_SIDES, _SEEN = 0.5, 0.2    # of the difference: a drift that casts doubt on it, and one that is worth a word
+_SEEN = 0.2  # of the difference: a drift that is worth a word
 
 def _severity_of(
-    share:float,            # the drift as a part of the difference
+    case:Case,
+    drift:dict,             # a row of `drifts`
+    base:pd.DataFrame,      # runs of the baseline
+    rows:pd.DataFrame,      # runs of a variant
     taken_turns:bool|None,  # None where that is not known
 )->str:
+    "How bad a drift is for a difference."
     if taken_turns: return "note"
-    return "serious" if taken_turns is False and share >= _SIDES else "warning"
+    groups = {group.name: group for group in case.groups}
+    weight = weigh_in(case, groups[name_of(base)], groups[name_of(rows)], drift["metric"], drift["drift"])
+    return "serious" if weight == "serious" and taken_turns is False else "warning"
+
+def _left_of(
+    drift:dict,          # a row of `drifts`
+    base:pd.DataFrame,   # runs of the baseline
+    rows:pd.DataFrame,   # runs of a variant
+)->dict:
+    "`left`: the part of a drift that turns do not cancel, in the metric's unit; `turns`: how often the two alternate."
+    when = [side.loc[side["place"] == drift["place"], "when"].dropna() for side in (base, rows)]
+    span = float(np.ptp(pd.concat(when)))
+    lag = abs(float(when[1].mean() - when[0].mean()))
+    return dict(left=drift["drift"] * lag / span if span else 0.0, turns=stretches(*(each.to_numpy() for each in when)))
 
 # %% ../../nbs/audit/15_order.ipynb #cell-42
 def _explained(
@@ -229,8 +247,8 @@ def _sizes(
             explained = _explained(drift, base, rows, means)
             if not explained or explained["share"] < _SEEN: continue
             taken_turns, *_ = turns.get(drift["place"], (None,))
-            severity = _severity_of(explained["share"], taken_turns)
-            pair = dict(base=base, rows=rows, variant=name_of(rows))
+            severity = _severity_of(case, drift, base, rows, taken_turns)
+            pair = dict(base=base, rows=rows, variant=name_of(rows)) | _left_of(drift, base, rows)
             found.append(drift | explained | pair | dict(severity=severity))
     return sorted(found, key=lambda drift: (SEVERITIES.index(drift["severity"]), -drift["share"]))
 
@@ -250,13 +268,12 @@ def _drift_words(
             f"{share} its difference from {other} ({difference})")
 
 # %% ../../nbs/audit/15_order.ipynb #cell-48
-def _merged(found:list[dict])->dict[tuple, list[list[dict]]]:
-    "Drifts by variant, and variants by what is told of them together: severity, metric, the variant if it is serious."
+def _merged(found:list[dict])->dict[tuple[str, str], list[list[dict]]]:
+    "Drifts by variant, and variants by what is told of them together: severity and metric."
     every, merged = {}, {}
     for drift in found: every.setdefault((drift["variant"], drift["metric"]), []).append(drift)
-    for (variant, metric), these in every.items():
-        severity = these[0]["severity"]
-        merged.setdefault((severity, metric, variant if severity == "serious" else ""), []).append(these)
+    for (_, metric), these in every.items():
+        merged.setdefault((these[0]["severity"], metric), []).append(these)
     return merged
 
 def _drifting_runs(drift:dict)->pd.DataFrame:
@@ -269,9 +286,14 @@ _IN_BLOCKS = "Run all variants in randomised blocks, so that drift meets all ali
 _MEANING = {
     "serious": "The two were not run in turns, so drift and difference cannot be told apart.",
     "warning": "They were not run in turns, or nobody knows whether they were.",
-    "note": "They were run in turns, so that it cancels.",
 }
-_TOLD = ("group", "place", "n", "p", "drift", "variant", "difference", "share")
+_TOLD = ("group", "place", "n", "p", "drift", "variant", "difference", "share", "left", "turns")
+
+def _what_turns_leave(case:Case, drift:dict)->str:
+    "A sentence on a drift that met both sides, in turns."
+    left = rough_amount(case.study.metrics[drift["metric"]], drift["left"])
+    return (f"They took turns, in {drift['turns']} stretches, so that most of it cancels; the drift between one's "
+            f"turn and the other's remains, about {left} in the mean.")
 
 def _drifted(
     case:Case,
@@ -286,11 +308,12 @@ def _drifted(
     runs = pd.concat([_drifting_runs(drift) for drift in every]).drop_duplicates(["group", "run_id"])
     return find(
         severity=severity,
-        message=f"{_drift_words(case, first)}{similarly}. {_MEANING[severity]}",
+        message=f"{_drift_words(case, first)}{similarly}. {_MEANING.get(severity) or _what_turns_leave(case, first)}",
         remedy="Nothing." if severity == "note" else _IN_BLOCKS,
         figures=dict(drifts=[{name: drift[name] for name in _TOLD} for drift in every]),
         metric=metric,
-        **on_groups([first["base"], *(drift["rows"] for drift in (first, *others))], only=runs),
+        cases=[(name_of(drift["base"]), drift["variant"]) for drift in (first, *others)],
+        runs=runs["run_id"],
     )
 
 # %% ../../nbs/audit/15_order.ipynb #cell-51
@@ -298,4 +321,4 @@ def _drifted(
 def check_order_drift(case:Case)->Iterator[Finding]:
     "Results drift with the order of runs: serious where a difference could come of it."
     merged = _merged(_sizes(case, table_of(case)))
-    for (severity, metric, _), by_variant in merged.items(): yield _drifted(case, severity, metric, by_variant)
+    for (severity, metric), by_variant in merged.items(): yield _drifted(case, severity, metric, by_variant)

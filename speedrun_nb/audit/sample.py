@@ -112,7 +112,8 @@ def _too_small(
         remedy=f"Run at least {FEW} on each side; `speedrun plan` says how many an effect needs.",
         figures=dict(runs_each=each),
         metric=metric,
-        **on_groups(tables[name] for name in (case.baseline.name, *each)),
+        cases=[(case.baseline.name, name) for name in each],
+        runs=on_groups(tables[name] for name in (case.baseline.name, *each))["runs"],
     )
 
 # %% ../../nbs/audit/16_sample.ipynb #cell-18
@@ -122,6 +123,6 @@ def check_sample_too_small(case:Case)->Iterator[Finding]:
     few = {}
     for variant in _compared(case):
         for metric, counts in _counts(case, variant).items():
-            alone = variant.name if counts.fewest < TOO_FEW else ""
-            if counts.is_small: few.setdefault((metric, alone), []).append((variant, counts))
-    for (metric, alone), small in few.items(): yield _too_small(case, "serious" if alone else "warning", metric, small)
+            severity = "serious" if counts.fewest < TOO_FEW else "warning"
+            if counts.is_small: few.setdefault((severity, metric), []).append((variant, counts))
+    for (severity, metric), small in few.items(): yield _too_small(case, severity, metric, small)

@@ -210,7 +210,8 @@ def _between(
         remedy=f"Run all with the same software and data{_as_many(differing)}, in turns.",
         figures=dict(differs=differs),
         metric=_TIME if all(_part(column).metric for column in differing) else None,
-        **on_groups(tables),
+        cases=[(names[0], name) for name in names[1:]],
+        runs=on_groups(tables)["runs"],
     )
 
 # %% ../../nbs/audit/14_software.ipynb #cell-36
@@ -221,8 +222,7 @@ def _software_between(
     "What separates a variant from the baseline."
     alike = {}
     for base, rows, severity, differing in _differing(case, table):
-        alone = name_of(rows) if severity == "serious" else ""
-        tables = alike.setdefault((severity, name_of(base), str(differing), alone), (differing, [base]))[1]
+        tables = alike.setdefault((severity, name_of(base), str(differing)), (differing, [base]))[1]
         tables.append(rows)
     return [_between(severity, differing, tables) for (severity, *_), (differing, tables) in alike.items()]
 

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['VISIBLE', 'estimate_of', 'mean_of', 'difference_of_means', 'could_turn', 'weigh', 'worst', 'at_most', 'pairs_of',
-           'claims_of', 'weigh_in', 'weigh_group']
+           'claims_of', 'weigh_in', 'weigh_group', 'weigh_without', 'weigh_runs']
 
 # %% ../../nbs/audit/03_weight.ipynb #cell-02
 import math
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
 
 import numpy as np
 
@@ -160,3 +161,41 @@ def weigh_group(
         if group is baseline: found.append(weigh_in(case, baseline, variant, metric, size(variant)))
         if group is variant: found.append(weigh_in(case, baseline, variant, metric, size(baseline)))
     return worst(found)
+
+# %% ../../nbs/audit/03_weight.ipynb #x
+def _outcome(baseline:Group, variant:Group, metric:Metric, claim:Claim|None)->int|None:
+    "On which side of the border the interval lies; None without one."
+    border, relative = _border(metric, claim)
+    low, high, _ = _as_gains(baseline, variant, metric, relative)
+    return None if math.isinf(low) and math.isinf(high) else _side(low, high, border)
+
+def _left_out(group:Group, runs:Collection[str])->Group:
+    "A group without some of its runs."
+    return replace(group, runs=group.runs[~group.runs["run_id"].isin(runs)])
+
+# %% ../../nbs/audit/03_weight.ipynb #x
+def weigh_without(
+    baseline:Group,
+    variant:Group,
+    metric:Metric,
+    claim:Claim|None,      # of the variant
+    runs:Collection[str],  # run_ids of those that are flawed, of either side
+)->str:                    # serious, warning or note
+    "How bad it is that some runs are flawed: would the verdict be another without them?"
+    rest = [_left_out(group, runs) for group in (baseline, variant)]
+    size = abs(difference_of_means(*rest, metric) - difference_of_means(baseline, variant, metric))
+    outcomes = [_outcome(*sides, metric, claim) for sides in ((baseline, variant), rest)]
+    if None in outcomes: return weigh(baseline, variant, metric, claim, size)
+    if outcomes[0] != outcomes[1]: return "serious"
+    return "warning" if _is_visible(*rest, metric, size) else "note"
+
+# %% ../../nbs/audit/03_weight.ipynb #x
+def weigh_runs(
+    case:Case,
+    group:Group,
+    metric:str,
+    runs:Collection[str],  # run_ids of those that are flawed, of any group
+)->str|None:               # None if the group is compared with nothing
+    "How bad flawed runs are for the comparison of their group in which they matter most."
+    claims, mine = claims_of(case), [pair for pair in pairs_of(case) if group in pair]
+    return worst(weigh_without(*pair, case.study.metrics[metric], claims[pair[1].variant], runs) for pair in mine)

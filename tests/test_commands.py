@@ -30,7 +30,7 @@ COMMANDS = [
     "compare",
     "audit",
     "import",
-    "plan",
+    "power",
     "render",
     "data",
     "tokenize",
@@ -100,7 +100,7 @@ def test_help_names_every_command(speedrun):
         ("compare", ["--json", "--metric", "--where", "--profile", "--outputs"]),
         ("audit", ["--json", "--profile", "--outputs"]),
         ("import", ["--study", "--variant", "--host", "--map", "--outputs", "--json"]),
-        ("plan", ["--effect", "--power", "--margin", "--runs", "--price", "--figure", "--json"]),
+        ("power", ["--claim", "--margin", "--family", "--seeds-per-batch", "--units", "--price", "--json"]),
         ("render", ["--engine", "--profile", "--outputs"]),
         ("data", ["fetch", "check"]),
         ("data fetch", ["Download a data set", "--shards"]),
@@ -500,7 +500,7 @@ def test_compare_some_runs(speedrun, simulated):
         assert done.code == 1 and done.out == "" and expected in done.err
 
 
-# audit, import, plan
+# audit, import, power
 
 def test_audit(speedrun, simulated, tmp_path):
     found = strict_json(speedrun("audit", "cifar", "--outputs", simulated, "--json").out)
@@ -542,21 +542,37 @@ def test_import_compare_audit(speedrun, tmp_path):
     assert len(lines_of(broken.out, "experiment folder")) == 1
 
 
-def test_plan(speedrun, simulated, tmp_path):
-    planned = strict_json(
-        speedrun("plan", "cifar", "--outputs", simulated, "--effect", "2%", "--runs", 10, "--price", 2, "--json").out
-    )
-    assert planned["answers"][0]["runs"] >= 5 and planned["n"] == 10
-    drawn = speedrun("plan", "cifar", "--outputs", simulated, "--figure", tmp_path / "power.png")
-    assert drawn.code == 0 and (tmp_path / "power.png").stat().st_size > 5000 and "runs a side" in drawn.out
+def test_power(speedrun, simulated, tmp_path):
+    asked = ["cifar", "--outputs", simulated, "--effect", "6%", "--margin", "accuracy=0.003", "--price", 2]
+    planned = strict_json(speedrun("power", *asked, "--claim", "2%", "--units", 10, "--json").out)
+    whole, effect, guard, _ = planned["answers"]
+    assert whole["blocks"] >= max(effect["blocks"], guard["blocks"]) >= 5 and whole["runs"] == 5 * whole["blocks"]
+    assert whole["power"] == pytest.approx(effect["power"] * guard["power"]) and planned["asked"]["blocks"] == 10
+    closer = [*asked, "--claim", "4%", "--json"]
+    alone, four = (strict_json(speedrun("power", *closer, "--family", n).out)["answers"][1] for n in (1, 4))
+    assert four["blocks"] > alone["blocks"] > effect["blocks"]
+    equal = speedrun("power", *asked, "--claim", "6%")
+    assert "out of reach" in equal.out and "claim less than you expect" in equal.out
+    drawn = speedrun("power", "cifar", "--outputs", simulated, "--figure", tmp_path / "power.png")
+    assert drawn.code == 0 and (tmp_path / "power.png").stat().st_size > 5000
+    assert "blocks of 5 runs a side" in drawn.out and "assumed: the true effect is 2 %" in drawn.out
     for wrong, expected in (
         (["--effect", "much"], "effect"),
+        (["--claim", "1"], "For 1 per cent write 1%"),
         (["--margin", "accuarcy=1"], 'Did you mean "accuracy"'),
         (["--power", "80"], "power"),
+        (["--units", "3"], "units: 3 is not a whole number from 5"),
+        (["--between-ratio", "-1"], "between-ratio"),
         (["--metric", "tiem"], "no metric"),
     ):
-        done = speedrun("plan", "cifar", "--outputs", simulated, *wrong)
+        done = speedrun("power", "cifar", "--outputs", simulated, *wrong)
         assert done.code == 1 and done.out == "" and expected in done.err
+
+
+def test_power_by_its_former_name(speedrun, simulated):
+    asked = ["cifar", "--outputs", simulated, "--effect", "6%"]
+    assert speedrun("plan", *asked).out == speedrun("power", *asked).out
+    assert not lines_of(speedrun("--help").out, "│ plan ")
 
 
 # sweep

@@ -21,7 +21,7 @@ from speedrun_nb.evidence.paired import choose_estimate
 from speedrun_nb.evidence.verdict import effect_outcome, paragraph
 from speedrun_nb.stats.describe import describe, finite
 from speedrun_nb.stats.effect import cohens_d
-from speedrun_nb.stats.estimate import MINIMUM_RUNS, difference
+from speedrun_nb.stats.estimate import MINIMUM, difference
 from speedrun_nb.stats.tests import relative_interval, welch
 
 TIME = Metric("time_seconds", "training time", "s", "lower")
@@ -84,7 +84,7 @@ def test_guard_agrees_with_statsmodels_in_both_directions():
         low, high = reference.tconfint_diff(0.10, "two-sided", "unequal")  # its ends are one-sided 95 % bounds
         np.testing.assert_allclose([lower.lower_bound, lower.bound], [low, high], rtol=1e-9)
         np.testing.assert_allclose([-higher.bound, -higher.lower_bound], [low, high], rtol=1e-9)
-        if min(len(v), len(b)) >= MINIMUM_RUNS:
+        if min(len(v), len(b)) >= MINIMUM:
             assert lower.outcome == ("kept" if high < 0.05 else "broken" if low > 0.05 else "undecided")
             assert higher.outcome == ("kept" if low > -0.05 else "broken" if high < -0.05 else "undecided")
 
@@ -340,7 +340,7 @@ def test_hard_samples_end_in_a_clear_statement(b, v):
         words = paragraph(c)
         assert not any(bad in words for bad in ("nan", "inf", "None", "not known.", "-0.0")), words
         assert words.endswith(".") and "2 diverged" in words and "1 failed" in words
-        if claim is None or min(c.baseline.n, c.variant.n) < MINIMUM_RUNS: assert c.verdict.outcome == "undecided"
+        if claim is None or min(c.baseline.n, c.variant.n) < MINIMUM: assert c.verdict.outcome == "undecided"
         if c.tests.welch is None:
             assert c.difference.better is c.difference.ci95 is c.difference.ci95_relative is c.effect.cohens_d is None
 

@@ -45,7 +45,7 @@ def _what_follows(
 
 # %% ../../nbs/audit/17_results.ipynb #cell-12
 _AT_A_COST = "Do not claim a speed-up without its cost."
-_MORE_SEEDS = "Run more seeds of both; `speedrun plan --margin` says how many."
+_MORE_SEEDS = "Run more seeds of both; `speedrun power --margin` says how many."
 
 @check("guard-missed", "what must not suffer was not shown to be kept", given="results", weighed=True)
 def check_guard_missed(results:Iterable[Results])->Iterator[Finding]:

@@ -117,7 +117,7 @@ def _too_small(
     return find(
         severity=severity,
         message=f"{'. '.join(told[:3])}.",
-        remedy=f"Run at least {FEW} on each side; `speedrun plan` says how many an effect needs.",
+        remedy=f"Run at least {FEW} on each side; `speedrun power` says how many an effect needs.",
         figures=dict(runs_each=each),
         metric=metric,
         cases=[(case.baseline.name, name) for name in each],

@@ -20,7 +20,7 @@ from ..core.study import Claim, Metric
 from ..core.variants import claim_of
 from ..evidence.case import Case, nearest_baseline
 from ..evidence.groups import Group, numbers_of
-from ..evidence.paired import choose_estimate
+from ..evidence.basis import choose_estimate
 
 # %% ../../nbs/audit/03_weight.ipynb #cell-05
 def _side(low:float, high:float, border:float)->int:

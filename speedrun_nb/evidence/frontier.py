@@ -10,12 +10,15 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from ..core.errors import SpeedrunError
 from ..core.study import Metric
 from .groups import Group, numbers_of, words_of
+from .units import freed_of_blocks
 from speedrun_nb.stats.curve import (
     CurveFit,
     MeanPoint,
@@ -76,54 +79,81 @@ def _differing_setting(groups:list[Group])->str|None:
     return different[0] if different else None
 
 # %% ../../nbs/evidence/06_frontier.ipynb #cell-17
-_FEWEST = 3  # runs with both metrics in a point
+_PLACE = {"host": "host_id", "clock": "clock", "sweep": "sweep", "block": "block", "batch": "batch"}
+
+def _runs_with_both(group:Group, time:Metric, quality:Metric)->pd.DataFrame:
+    "Where each run with both metrics ran, its time, and its quality turned so that higher is better."
+    rows = pd.DataFrame({name: [word or "" for word in words_of(group, column)] for name, column in _PLACE.items()})
+    sign = 1 if quality.better == "higher" else -1
+    rows = rows.assign(time=numbers_of(group, time.name), quality=sign * numbers_of(group, quality.name), n=1)
+    return rows[np.isfinite(rows["time"]) & np.isfinite(rows["quality"]) & (rows["time"] > 0)]
+
+def _batches_with_both(runs:pd.DataFrame)->pd.DataFrame:
+    "The same, averaged over the runs of each batch in its block."
+    batches = runs.groupby([*_PLACE], sort=False, as_index=False)
+    return batches.agg(time=("time", "mean"), quality=("quality", "mean"), n=("n", "sum"))
+
+# %% ../../nbs/evidence/06_frontier.ipynb #cell-18
+_FEWEST = 3  # batches or runs with both metrics in a point
+
+class _Averaged(NamedTuple):
+    point:MeanPoint
+    runs:int
 
 def _mean_points(
-    group:Group,
-    time:Metric,
-    quality:Metric,
-)->dict[tuple[str,str],MeanPoint]:  # by host and clock, which are empty if not recorded
-    "A group on each host where it has enough runs. Quality is turned so that higher is better."
-    took, reached = numbers_of(group, time.name), numbers_of(group, quality.name)
-    if quality.better == "lower": reached = -reached
-    usable = np.isfinite(took) & np.isfinite(reached) & (took > 0)
-    columns = [[word or "" for word in words_of(group, name)] for name in ("host_id", "clock")]
-    places, found = list(zip(*columns, strict=True)), {}
-    for place in sorted(set(places)):
-        here = usable & np.array([other == place for other in places])
-        if here.sum() >= _FEWEST: found[place] = mean_point(took[here], reached[here])
-    return found
+    rows:pd.DataFrame,  # batches or runs with both metrics
+)->dict[tuple[str,str],_Averaged]:  # by host and clock, which are empty if not recorded
+    "A group on each host where it has enough of them."
+    parts = {place: part for place, part in rows.groupby(["host", "clock"], sort=True) if len(part) >= _FEWEST}
+    return {place: _Averaged(mean_point(part["time"].to_numpy(), part["quality"].to_numpy()), int(part["n"].sum()))
+            for place, part in parts.items()}
 
-# %% ../../nbs/evidence/06_frontier.ipynb #cell-20
+# %% ../../nbs/evidence/06_frontier.ipynb #cell-21
 @dataclass(frozen=True, eq=False)
 class _Host:
     "The baseline's curve and the variant's point on one host, timed by one clock."
     name:str|None          # None if it was not recorded
     groups:tuple[str,...]  # names of the budgets' groups
     fit:CurveFit
+    runs_of:tuple[int,...] # of each budget
     variant:MeanPoint
+    variant_runs:int
 
     @property
-    def runs(self)->int: return self.fit.n.sum() + self.variant.n
+    def runs(self)->int: return sum(self.runs_of) + self.variant_runs
 
-# %% ../../nbs/evidence/06_frontier.ipynb #cell-22
+# %% ../../nbs/evidence/06_frontier.ipynb #cell-23
 def _hosts(
+    variant:pd.DataFrame,                            # its batches or runs
+    budgets:list[tuple[float,Group,pd.DataFrame]],   # amount, group, its batches or runs
+)->list[_Host]:  # from the one with most runs
+    "Every host with enough of the variant and of two budgets."
+    theirs = [(amount, group.name, _mean_points(rows)) for amount, group, rows in budgets]
+    found = []
+    for place, of_variant in _mean_points(variant).items():
+        here = [(amount, name, *points[place]) for amount, name, points in theirs if place in points]
+        if len({amount for amount, *_ in here}) < 2: continue
+        amounts, names, points, runs = zip(*here, strict=True)
+        found.append(_Host(place[0] or None, names, fit_curve(amounts, points), runs, *of_variant))
+    return sorted(found, key=lambda host: -host.runs)
+
+# %% ../../nbs/evidence/06_frontier.ipynb #cell-25
+def _counted_hosts(
     variant:Group,
     budgets:list[tuple[float,Group]],
     time:Metric,
     quality:Metric,
-)->list[_Host]:  # from the one with most runs
-    "Every host with enough runs of the variant and of two budgets."
-    theirs = [(amount, group.name, _mean_points(group, time, quality)) for amount, group in budgets]
-    found = []
-    for place, point in _mean_points(variant, time, quality).items():
-        here = [(amount, name, points[place]) for amount, name, points in theirs if place in points]
-        if len({amount for amount, _, _ in here}) < 2: continue
-        amounts, names, points = zip(*here, strict=True)
-        found.append(_Host(place[0] or None, names, fit_curve(amounts, points), point))
-    return sorted(found, key=lambda host: -host.runs)
+)->tuple[list[_Host],str]:  # and what was counted: batch or run
+    "The hosts with a curve by batches, or else by runs."
+    tables = [_runs_with_both(group, time, quality) for group in (variant, *(group for _, group in budgets))]
+    freed = freed_of_blocks([_batches_with_both(table) for table in tables], "time", ["host", "clock"])
+    for unit, counted in (("batch", freed), ("run", tables)):
+        rows = [(*budget, table) for budget, table in zip(budgets, counted[1:], strict=True)]
+        hosts = _hosts(counted[0], rows)
+        if hosts: return hosts, unit
+    return [], "run"
 
-# %% ../../nbs/evidence/06_frontier.ipynb #cell-24
+# %% ../../nbs/evidence/06_frontier.ipynb #cell-27
 @dataclass(frozen=True)
 class Point:
     "A group of runs on one host."
@@ -134,7 +164,7 @@ class Point:
     time:float         # mean, in the stored unit
     quality:float      # mean, in the stored unit
 
-# %% ../../nbs/evidence/06_frontier.ipynb #cell-26
+# %% ../../nbs/evidence/06_frontier.ipynb #cell-29
 @dataclass(frozen=True)
 class TimeDistance:
     "At equal quality; negative: the variant is faster. An open end of an interval is None."
@@ -143,10 +173,11 @@ class TimeDistance:
     ci95:tuple[float|None,float|None]|None
     ci95_relative:tuple[float|None,float|None]|None
     p:float|None      # two-sided, of "on the frontier"; an upper bound if the variant's own time is out of range
+    p_claim:float|None # twice the one-sided p of "no better than claimed"; None without a claim
     needs:float       # time that the baseline needs for the variant's quality
     outside:float     # by how much of the measured range that lies outside it; 0 inside
 
-# %% ../../nbs/evidence/06_frontier.ipynb #cell-28
+# %% ../../nbs/evidence/06_frontier.ipynb #cell-31
 @dataclass(frozen=True)
 class QualityDistance:
     "At equal time, in the quality's stored unit."
@@ -157,7 +188,7 @@ class QualityDistance:
     bend:float                    # part of the interval's half-width that allows for the curve's shape
     outside:float                 # by how much of the measured range that lies outside it; 0 inside
 
-# %% ../../nbs/evidence/06_frontier.ipynb #cell-30
+# %% ../../nbs/evidence/06_frontier.ipynb #cell-33
 @dataclass(frozen=True)
 class Curve:
     "The baseline's frontier over the measured range, for plotting."
@@ -167,7 +198,7 @@ class Curve:
     low:tuple[float|None,...]   # pointwise 95 % interval of the mean quality; None without scatter
     high:tuple[float|None,...]
 
-# %% ../../nbs/evidence/06_frontier.ipynb #cell-32
+# %% ../../nbs/evidence/06_frontier.ipynb #cell-35
 @dataclass(frozen=True)
 class Frontier:
     "A variant against the baseline's time-quality frontier."
@@ -184,13 +215,14 @@ class Frontier:
     curve:tuple[Curve,...]    # one a host
     model:str                 # what was fitted, in words
     fit_p:float|None          # of lack of fit, corrected for the number of hosts; None if it cannot be tested
+    unit:str                  # what was counted: batch or run
     left_out:int              # completed runs of the variant without a metric, or on a host with too few budgets
 
     def as_dict(self)->dict:
         "Plain numbers, lists and None, ready for JSON."
         return plain(self)
 
-# %% ../../nbs/evidence/06_frontier.ipynb #cell-34
+# %% ../../nbs/evidence/06_frontier.ipynb #cell-37
 def _quality_distance(
     scan:ShiftScan,
     fits:list[CurveFit],
@@ -207,7 +239,7 @@ def _quality_distance(
     outside = outside_range(fits, here.budgets)
     return QualityDistance(absolute, ci95, here.p if known else None, reached - absolute, here.bend, outside), None
 
-# %% ../../nbs/evidence/06_frontier.ipynb #cell-36
+# %% ../../nbs/evidence/06_frontier.ipynb #cell-39
 def _time_saved(took:float, shift:float)->float:
     "A shift of log time in the unit of time."
     return took * -math.expm1(-shift)
@@ -216,17 +248,24 @@ def _translated(interval:tuple|None, function:Callable)->tuple|None:
     "An interval of shifts in another unit; an open end stays open."
     return interval and tuple(None if shift is None else float(function(shift)) for shift in interval)
 
-# %% ../../nbs/evidence/06_frontier.ipynb #cell-37
+# %% ../../nbs/evidence/06_frontier.ipynb #cell-40
 _NEVER = "no budget of the baseline reaches the variant's quality, not even a little beyond the longest"
 _ALWAYS = "every budget of the baseline exceeds the variant's quality, even a little below the shortest"
 _FALLING = "the baseline's quality does not rise with its time there"
 _FLAT = "the baseline's quality rises too little with its time, for the scatter between runs, to say how long it needs"
 
-# %% ../../nbs/evidence/06_frontier.ipynb #cell-39
+# %% ../../nbs/evidence/06_frontier.ipynb #cell-42
+def _p_claim(scan:ShiftScan, at_least:float|None)->float|None:
+    "Twice the one-sided p of a shift that is no larger than claimed; 1 where that shift cannot be looked at."
+    if at_least is None: return None
+    there = scan.at(math.log1p(-at_least)) if at_least < 1 else None
+    return there.p if there and there.above > 0 else 1.0
+
 def _time_distance(
     scan:ShiftScan,
     fits:list[CurveFit],
-    took:float,  # the variant's mean time
+    took:float,            # the variant's mean time
+    at_least:float|None,   # relative decrease that is claimed
 )->tuple[TimeDistance|None,str|None]:
     "The distance, or the reason why there is none."
     if (scan.above > 0).all(): return None, _NEVER
@@ -239,10 +278,10 @@ def _time_distance(
     return TimeDistance(
         absolute=saved(shift), relative=math.expm1(shift),
         ci95=_translated(interval, saved), ci95_relative=_translated(interval, math.expm1),
-        p=scan.at(scan.nearest).p if interval else None, needs=took - saved(shift),
+        p=scan.at(scan.nearest).p if interval else None, p_claim=_p_claim(scan, at_least), needs=took - saved(shift),
         outside=outside_range(fits, scan.at(shift).budgets)), None
 
-# %% ../../nbs/evidence/06_frontier.ipynb #cell-41
+# %% ../../nbs/evidence/06_frontier.ipynb #cell-44
 def _better(time:TimeDistance|None, time_reason:str|None, scan:ShiftScan)->bool|None:
     "Which side of the frontier, with 95 % confidence."
     if not scan.at(scan.nearest).p < 0.05: return None
@@ -254,18 +293,18 @@ def _better(time:TimeDistance|None, time_reason:str|None, scan:ShiftScan)->bool|
     if time_reason == _ALWAYS and scan.shift[-1] >= 0: return False  # worse, and not faster than all budgets
     return None
 
-# %% ../../nbs/evidence/06_frontier.ipynb #cell-43
+# %% ../../nbs/evidence/06_frontier.ipynb #cell-46
 def _stored_points(hosts:list[_Host], variant:str, sign:int)->dict:
     "The points of the baseline and of the variant."
     budgets, variants = [], []
     for host in hosts:
-        for name, amount, p in zip(host.groups, host.fit.budgets.tolist(), host.fit.points, strict=True):
-            budgets.append(Point(name, amount, host.name, p.n, p.time, sign * p.quality))
-        p = host.variant
-        variants.append(Point(variant, None, host.name, p.n, p.time, sign * p.quality))
+        fit, p = host.fit, host.variant
+        for name, amount, q, n in zip(host.groups, fit.budgets.tolist(), fit.points, host.runs_of, strict=True):
+            budgets.append(Point(name, amount, host.name, n, q.time, sign * q.quality))
+        variants.append(Point(variant, None, host.name, host.variant_runs, p.time, sign * p.quality))
     return dict(budgets=tuple(budgets), variant=tuple(variants))
 
-# %% ../../nbs/evidence/06_frontier.ipynb #cell-44
+# %% ../../nbs/evidence/06_frontier.ipynb #cell-47
 def _clean(values:np.ndarray)->tuple:
     return tuple(float(value) if np.isfinite(value) else None for value in values)
 
@@ -276,7 +315,7 @@ def _stored_curve(host:_Host, sign:int)->Curve:
     low, high = quality - band.width, quality + band.width
     return Curve(host.name, *map(_clean, (band.time, quality, low, high)))
 
-# %% ../../nbs/evidence/06_frontier.ipynb #cell-45
+# %% ../../nbs/evidence/06_frontier.ipynb #cell-48
 _SHAPES = {1: "a straight line", 2: "a quadratic", 3: "a cubic"}
 
 def _model(fits:list[CurveFit], setting:str)->str:
@@ -291,44 +330,47 @@ def _fit_p(fits:list[CurveFit])->float|None:
     known = [fit.fit_p for fit in fits if fit.fit_p is not None]
     return min(1.0, min(known) * len(known)) if known else None
 
-# %% ../../nbs/evidence/06_frontier.ipynb #cell-47
+# %% ../../nbs/evidence/06_frontier.ipynb #cell-50
 def _unknown(reason:str)->dict:
     "The part of a result that says why nothing can be said."
     return dict(time=None, time_reason=reason, quality=None, quality_reason=reason, inside=False, better=None, curve=())
 
-# %% ../../nbs/evidence/06_frontier.ipynb #cell-49
-def _judged(hosts:list[_Host], sign:int)->dict:
+# %% ../../nbs/evidence/06_frontier.ipynb #cell-52
+def _judged(hosts:list[_Host], sign:int, at_least:float|None, watched:bool)->dict:
     "Distances, curve and which side of the frontier."
     fits, points = [host.fit for host in hosts], [host.variant for host in hosts]
     if not all(map(time_grows, fits)): return _unknown("the baseline's time does not grow with its budget throughout")
     runs = np.array([host.runs for host in hosts])
     shares = runs / runs.sum()
-    scan = scan_shifts(fits, points, shares)
+    scan = scan_shifts(fits, points, shares, sum(point.n for point in points) / 2 if watched else None)
     if scan is None: return _unknown("no shift in time puts the variant within the measured range on every host")
     took, reached = float(shares @ [p.time for p in points]), float(sign * (shares @ [p.quality for p in points]))
-    time, time_reason = _time_distance(scan, fits, took)
+    time, time_reason = _time_distance(scan, fits, took, at_least)
     quality, quality_reason = _quality_distance(scan, fits, reached, sign)
     return dict(
         time=time, time_reason=time_reason, quality=quality, quality_reason=quality_reason,
         inside=bool(time and quality and not time.outside and not quality.outside),
         better=_better(time, time_reason, scan), curve=tuple(_stored_curve(host, sign) for host in hosts))
 
-# %% ../../nbs/evidence/06_frontier.ipynb #cell-51
+# %% ../../nbs/evidence/06_frontier.ipynb #cell-54
 def frontier(
     variant:Group,
     budgets:list[Group],  # the baseline's, from `budget_groups`; the variant itself may be one, and is then left out
     time:Metric,
     quality:Metric,
+    at_least:float|None=None,  # relative decrease of time that is claimed
+    watched:bool=False,   # was it looked at all along?
 )->Frontier|None:         # None with fewer than 2 budgets, or with fewer than 3 runs of the variant or in each of them
     "A variant's distance from the frontier. Raises `SpeedrunError` if the budgets differ in other settings."
     budgets = [g for g in budgets if _identity(g) != _identity(variant)]
     setting = _differing_setting(budgets) if budgets else None
     if setting is None: return None
     amounts = [(_budget_of(g, setting), g) for g in budgets]
-    hosts = _hosts(variant, [(amount, g) for amount, g in amounts if amount is not None], time, quality)
+    known = [(amount, g) for amount, g in amounts if amount is not None]
+    hosts, unit = _counted_hosts(variant, known, time, quality)
     if not hosts: return None
     sign, fits = 1 if quality.better == "higher" else -1, [host.fit for host in hosts]
-    left_out = len(variant.runs) - sum(host.variant.n for host in hosts)
+    left_out = len(variant.runs) - sum(host.variant_runs for host in hosts)
     return Frontier(
-        metric=quality.name, setting=setting, model=_model(fits, setting), fit_p=_fit_p(fits), left_out=left_out,
-        **_stored_points(hosts, variant.name, sign), **_judged(hosts, sign))
+        metric=quality.name, setting=setting, model=_model(fits, setting), fit_p=_fit_p(fits), unit=unit,
+        left_out=left_out, **_stored_points(hosts, variant.name, sign), **_judged(hosts, sign, at_least, watched))

@@ -8,14 +8,14 @@ __all__ = ['Equivalence', 'GuardResult', 'guard', 'non_inferiority', 'guard_grou
 # %% ../../nbs/evidence/05_guard.ipynb #cell-02
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..core.errors import SpeedrunError
 from ..core.study import Metric
+from .basis import Basis, choose
 from .groups import Group
-from .paired import choose_estimate
 from ..stats.describe import Description, describe
-from ..stats.estimate import MINIMUM_RUNS, Estimate, welch_estimate
+from ..stats.estimate import MINIMUM, Estimate, welch_estimate
 from ..stats.tests import ALPHA, LEVEL
 
 # %% ../../nbs/evidence/05_guard.ipynb #cell-05
@@ -40,6 +40,7 @@ class GuardResult:
     p:float|None                  # one-sided p of "worse by the margin or more"
     outcome:str                   # kept, broken or undecided
     equivalence:Equivalence|None  # None if the runs allow no estimate
+    basis:Basis|None              # what the estimate rests on; None for plain samples
 
 # %% ../../nbs/evidence/05_guard.ipynb #cell-09
 def _equivalence(estimate:Estimate, margin:float, enough:bool)->Equivalence:
@@ -59,6 +60,7 @@ def guard(
     margin:float,          # largest tolerable worsening, in the stored unit
     baseline:Description,  # of the guarded metric
     variant:Description,
+    basis:Basis|None=None, # what the estimate rests on; None: runs
 )->GuardResult:
     "One-sided tests of an estimate against a margin. Raises `SpeedrunError` for a margin below 0 or not finite."
     if not 0 <= margin < math.inf:
@@ -66,16 +68,17 @@ def guard(
                             "it takes a number from 0 up, in the metric's unit")
     if estimate is None:
         difference = variant.mean - baseline.mean if variant.n and baseline.n else None
-        return GuardResult(metric.name, margin, baseline, variant, difference, None, None, None, "undecided", None)
+        unknown = dict(bound=None, lower_bound=None, p=None, outcome="undecided", equivalence=None, basis=basis)
+        return GuardResult(metric.name, margin, baseline, variant, difference, **unknown)
     sign = 1 if metric.better == "lower" else -1
     less, more = ("less", "greater") if sign == 1 else ("greater", "less")
     kept, broken = estimate.p(less, at=sign * margin), estimate.p(more, at=sign * margin)
-    enough = min(baseline.n, variant.n) >= MINIMUM_RUNS
+    enough = (basis.units if basis else min(baseline.n, variant.n)) >= MINIMUM
     equivalence = _equivalence(estimate, margin, enough)
     lower_bound, bound = sorted(sign * edge for edge in equivalence.ci90)
     return GuardResult(
         metric.name, margin, baseline, variant, estimate.absolute, bound, lower_bound, p=kept,
-        outcome=_outcome(kept, broken, enough), equivalence=equivalence)
+        outcome=_outcome(kept, broken, enough), equivalence=equivalence, basis=basis)
 
 # %% ../../nbs/evidence/05_guard.ipynb #cell-13
 def non_inferiority(
@@ -92,8 +95,10 @@ def guard_groups(
     baseline:Group,
     variant:Group,
     metric:Metric,
-    margin:float,  # largest tolerable worsening, in the stored unit
+    margin:float,        # largest tolerable worsening, in the stored unit
+    watched:bool=False,  # was it looked at all along?
 )->GuardResult:
-    "The guard by the estimate that the design asks for: within strata, in pairs, or Welch's."
+    "The guard by the estimate that the design asks for."
     described = [describe(g.values(metric.name)) for g in (baseline, variant)]
-    return guard(choose_estimate(baseline, variant, metric), metric, margin, *described)
+    estimate, basis = choose(baseline, variant, metric)
+    return guard(estimate and replace(estimate, watched=watched), metric, margin, *described, basis)

@@ -287,30 +287,30 @@ def run_order(
 def _draw_power(
     axis,
     question:str,
-    curves:pd.DataFrame,  # for this question: spread, n, power
+    curves:pd.DataFrame,  # for this question: spread, blocks, power
     wanted:float,
 ):
     "The power for one question, at both spreads."
     styles = {"estimated": ("-", "spread as estimated"), "upper limit": ("--", "spread at its upper limit")}
     for spread, part in curves.groupby("spread", sort=False):
         line, label = styles[spread]
-        axis.plot(part["n"], part["power"], line, color=_COLOURS[1], label=label)
+        axis.plot(part["blocks"], part["power"], line, color=_COLOURS[1], label=label)
     axis.axhline(wanted, color="#888888", linewidth=0.8)
     axis.set(title=textwrap.fill(question, 42), ylim=(0, 1.02))
-    axis.set(xlabel="runs on each side", ylabel="power")
+    axis.set(xlabel="blocks", ylabel="power")
 
 # %% ../../nbs/report/07_figures.ipynb #cell-41
 def power_curves(
-    analysis,  # of power: `curves()` is a frame, `wanted` the power that is asked for
+    analysis,  # of power: `curves()` is a frame, `asked.wanted` the power that is asked for
 ):             # a matplotlib figure
-    "Power by number of runs on each side, for every question, at the estimated spread and at its upper limit."
+    "Power by number of blocks, for every question, at the estimated spread and at its upper limit."
     curves = analysis.curves()
     questions = list(dict.fromkeys(curves["question"]))
     rows = math.ceil(len(questions) / 2)
     with styled_figure("", figsize=(7, 2.6 * rows)) as figure:
         panels = figure.subplots(rows, 2, squeeze=False).flat
         for axis, question in zip(panels, questions, strict=False):
-            _draw_power(axis, question, curves[curves["question"] == question], analysis.wanted)
+            _draw_power(axis, question, curves[curves["question"] == question], analysis.asked.wanted)
         for axis in panels[len(questions):]: axis.set_axis_off()
         figure.axes[0].legend(loc="lower right")
     return figure

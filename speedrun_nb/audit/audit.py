@@ -17,8 +17,8 @@ from ..core.plans import SweepPlan
 from ..core.study import Study, load_study
 from ..core.variants import claim_of, plain_hashes
 from ..evidence.case import Case, by_baseline, focus, make_case, named_group
-from ..evidence.comparison import Comparison, Results, goal_of, related_to, results, significance
-from ..evidence.frontier import budget_groups
+from ..evidence.comparison import Comparison, Question, Results, results
+from ..evidence.families import family_members, question_of, related, standings
 from ..evidence.groups import Group, filter_runs, find_group
 from ..evidence.verdict import compare_in
 
@@ -48,23 +48,23 @@ def run_checks(
     return [finding for check in checks_given(given) for finding in check.look(subject)]
 
 # %% ../../nbs/audit/18_audit.ipynb #cell-11
+def _asked(case:Case, baseline:Group, group:Group, known:dict)->Question:
+    "What is asked of a group, its family included; `known` keeps the answers of a family for its other members."
+    question = question_of(case, baseline, group, claim_of(case.study, group.variant))
+    members, absent = family_members(case, baseline, group)
+    key = question.compared.name, frozenset(member.name for member in members)
+    if key not in known: known[key] = standings(case, baseline, members, question.compared)
+    return replace(question, family=related(known[key], absent, group.name))
+
 def results_of(
     part:Case,  # a baseline and what is compared with it
     case:Case,  # the whole, which may hold the baseline at other budgets
 )->list[Results]:
     "The comparison of every group with its baseline, as far as an audit looks at it."
-    study, baseline, found = case.study, part.baseline, []
-    if baseline is None: return found
-    budgets, goal = budget_groups(list(case.groups), baseline, study.budget), goal_of(case, baseline)
-    all_p = {}  # by metric
-    for group in part.groups:
-        if group is baseline: continue
-        claim = claim_of(study, group.variant)
-        metric = claim.metric if claim else "time_seconds"
-        if metric not in all_p: all_p[metric] = significance(part, baseline, study.metrics[metric])
-        related = related_to(all_p[metric], group.name)
-        found.append(results(baseline, group, claim, study.metrics, None, budgets, goal, related))
-    return found
+    baseline, known = part.baseline, {}
+    if baseline is None: return []
+    variants = [group for group in part.groups if group is not baseline]
+    return [results(baseline, group, _asked(case, baseline, group, known)) for group in variants]
 
 # %% ../../nbs/audit/18_audit.ipynb #cell-13
 def audit_case(case:Case)->list[Finding]:

@@ -17,8 +17,9 @@ from scipy import stats
 from .conditions import table_of
 from .counted import qualities
 from .findings import SEVERITIES, Finding, check, find
-from .weight import estimate_of, pairs_of
+from .weight import pairs_of
 from ..core.words import listed, p_value, rough_amount
+from ..evidence.basis import choose
 from ..evidence.case import Case
 
 # %% ../../nbs/audit/15_batches.ipynb #cell-05
@@ -80,12 +81,11 @@ def batch_spread(
     return BatchSpread(sd, math.sqrt(within), float(stats.f.sf(between / within, df, inside_df)), len(batches), runs)
 
 # %% ../../nbs/audit/15_batches.ipynb #cell-13
-_SURE = 0.001  # p below which there is an effect of the batch
+_SURE = 0.01  # p below which there is an effect of the batch
 
-def _counts_batches(case:Case, metric:str, batches:int)->bool:
+def _counts_batches(case:Case, metric:str)->bool:
     "Do the estimates of all pairs count batches rather than runs?"
-    estimates = [estimate_of(*pair, case.study.metrics[metric]) for pair in pairs_of(case)]
-    return all(estimate is None or estimate.df < batches for estimate in estimates)
+    return all(choose(*pair, case.study.metrics[metric]).basis.unit == "batch" for pair in pairs_of(case))
 
 def _effects(case:Case)->Iterator[tuple[str, str, pd.DataFrame, BatchSpread]]:
     "Metric, place, runs and effect, wherever batches matter."
@@ -126,7 +126,7 @@ def check_batch_effect(case:Case)->Iterator[Finding]:
     "A note where the estimate counts batches; a warning where it counts runs."
     by_kind = {}
     for metric, place, rows, effect in _effects(case):
-        severity = "note" if _counts_batches(case, metric, effect.batches) else "warning"
+        severity = "note" if _counts_batches(case, metric) else "warning"
         by_kind.setdefault((severity, metric), []).append((place, rows, effect))
     for severity, metric in sorted(by_kind, key=lambda kind: SEVERITIES.index(kind[0])):
         yield _batch_finding(case, severity, metric, by_kind[severity, metric])

@@ -25,8 +25,8 @@ from ..evidence.verdict import compare_in
 
 # %% ../../nbs/audit/18_audit.ipynb #cell-05
 _NOTEBOOKS = (
-    "copies", "claimed_settings", "seeds", "steps", "training", "runs", "outliers", "plans", "kept",
-    "machines", "software", "order", "sample",
+    "copies", "claimed_settings", "seeds", "steps", "slowdown", "training", "runs", "outliers", "plans", "kept",
+    "durations", "machines", "devices", "software", "workload", "batches", "order", "place", "sample",
     "results",
 )
 

@@ -18,7 +18,7 @@ from ..core.plans import SweepPlan
 from ..core.words import count, listed
 from ..evidence.case import Case
 from ..evidence.plans import block_orders, cell_states, known_before, progress
-from ..stats.estimate import MINIMUM_RUNS
+from ..stats.estimate import MINIMUM
 
 # %% ../../nbs/audit/11_plans_kept.ipynb #cell-05
 def _used(case:Case)->list[SweepPlan]:
@@ -48,7 +48,7 @@ def _left_out(done:list[Counter])->list[int]:
 def _may_be_judged(done:list[Counter])->bool:
     "Do two conditions have enough completed runs for a verdict?"
     completed = sorted(n.total() - n["left"] - n["failed"] - n["diverged"] for n in done)
-    return completed[-2:][0] >= MINIMUM_RUNS
+    return completed[-2:][0] >= MINIMUM
 
 # %% ../../nbs/audit/11_plans_kept.ipynb #cell-14
 _MATTERS = 0.1  # a part that is left, of the runs of a condition

@@ -110,16 +110,17 @@ def make_engine(
 SHOWN = 60  # batches of a plan that are listed
 
 def print_plan(sweep, outputs:Path)->None:
-    "What a sweep would run now, what that takes, and warnings."
+    "What a sweep would run now, what that takes, what it can show, and warnings."
     from speedrun_nb.sweep.costs import read_costs
+    from speedrun_nb.sweep.outlook import outlook
     from speedrun_nb.sweep.show import dry_run
     from speedrun_nb.sweep.state import Cells
-    from speedrun_nb.sweep.watch import remarks
+    from speedrun_nb.sweep.remarks import remarks
     cells = Cells(sweep, outputs)
     rows, takes = dry_run(sweep, cells, read_costs(outputs, sweep.study.name))
     if rows: print_table(rows[:SHOWN])
     if len(rows) > SHOWN: print(f"... and {len(rows) - SHOWN} more")
-    print(takes)
+    print(takes, *outlook(sweep, outputs), sep="\n")
     warn(remarks(sweep, cells, outputs))
 
 # %% ../../nbs/cli/01_run.ipynb #cell-13
@@ -134,7 +135,7 @@ def report_end(drive, summary:str)->None:
     if drive.interrupts: raise typer.Exit(130)
 
 # %% ../../nbs/cli/01_run.ipynb #cell-14
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan with expected hours and cost, run nothing.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan, its cost and what it can show; run nothing.")]
 WatchBudget = Annotated[bool, typer.Option("--watch-budget", help="Stop cleanly where the budget of the file ends.")]
 Engine = Annotated[str, typer.Option(
     help="local: on this machine, each batch with a device of its own; ray: on a Ray cluster.")]

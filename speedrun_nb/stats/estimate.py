@@ -205,10 +205,13 @@ class RatioEstimate:
     log:float               # of the ratio
     log_se:float            # its standard error, above zero
     df:float
+    absolute:float          # mean difference, in the stored unit
+    se:float                # its standard error
     baseline:float          # the baseline's mean, in the stored unit, above zero
     n:int                   # runs of both sides that were used
     units:int               # blocks or hosts, or batches of both sides
     logs:tuple[float,...]=()  # log ratio of each block or host; empty for batches without blocks
+    differences:tuple[float,...]=()  # difference of each
     watched:bool=False      # as in `Estimate`
 
     @property
@@ -222,20 +225,16 @@ class RatioEstimate:
     @property
     def relative(self)->float: return math.expm1(self.log)
 
-    @property
-    def absolute(self)->float: return self.baseline * self.relative
-
-    @property
-    def se(self)->float:
-        "Standard error of `absolute`, to first order."
-        return self.baseline * math.exp(self.log) * self.log_se
+    def _widest(self, centre:float, se:float, values:tuple[float,...], level:float)->tuple[float,float]:
+        "Student's interval, or that of flipped signs where it is wider."
+        half = critical_value(level, self.df, self.weight) * se
+        low, high = centre - half, centre + half
+        flipped = sign_flip_interval(values, level) if self._flips else None
+        return (min(low, flipped[0]), max(high, flipped[1])) if flipped else (low, high)
 
     def log_interval(self, level:float=LEVEL)->tuple[float,float]:
         "Of the log ratio, two-sided."
-        half = critical_value(level, self.df, self.weight) * self.log_se
-        low, high = self.log - half, self.log + half
-        flipped = sign_flip_interval(self.logs, level) if self._flips else None
-        return (min(low, flipped[0]), max(high, flipped[1])) if flipped else (low, high)
+        return self._widest(self.log, self.log_se, self.logs, level)
 
     def relative_interval(self, level:float=LEVEL)->tuple[float,float]:
         "Of the relative change; an end beyond all numbers is infinite."
@@ -243,10 +242,10 @@ class RatioEstimate:
 
     def interval(self, level:float=LEVEL)->tuple[float,float]:
         "Of the difference, in the stored unit."
-        return tuple(self.baseline * end for end in self.relative_interval(level))
+        return self._widest(self.absolute, self.se, self.differences, level)
 
     def p(self, alternative:str="two-sided", at:float=0.0)->float:
-        "Test the difference against `at`, in the stored unit; alternatives as in `Estimate.p`."
+        "Test the ratio against that of a difference `at`, in the stored unit; alternatives as in `Estimate.p`."
         one_of(alternative, ("two-sided", "less", "greater"), "alternative")
         if at <= -self.baseline: return float(alternative == "less")  # a time is above zero
         sides = {sign: self._p(sign, math.log1p(at / self.baseline)) for sign in (1, -1)}
@@ -277,11 +276,12 @@ def ratio_of_blocks(
 )->RatioEstimate|None:  # None for fewer than two blocks, and where all ratios are the same
     "Student's t over the log ratios of blocks."
     variant, baseline = (np.asarray(side, float) for side in (variant, baseline))
-    logs = np.log(variant) - np.log(baseline)
+    logs, differences, root = np.log(variant) - np.log(baseline), variant - baseline, math.sqrt(len(variant))
     if len(logs) < 2 or not spread(logs): return None
     return RatioEstimate(
-        method, log=float(logs.mean()), log_se=spread(logs) / math.sqrt(len(logs)), df=len(logs) - 1,
-        baseline=float(baseline.mean()), n=n, units=len(logs), logs=tuple(logs.tolist()))
+        method, log=float(logs.mean()), log_se=spread(logs) / root, df=len(logs) - 1,
+        absolute=float(differences.mean()), se=spread(differences) / root, baseline=float(baseline.mean()), n=n,
+        units=len(logs), logs=tuple(logs.tolist()), differences=tuple(differences.tolist()))
 
 # %% ../../nbs/stats/06_estimate.ipynb #cell-30
 def ratio_of_batches(
@@ -291,9 +291,10 @@ def ratio_of_batches(
 )->RatioEstimate|None:  # None for fewer than two batches on a side, and without spread
     "Welch's estimate of the difference of log means."
     variant, baseline = (np.asarray(side, float) for side in (variant, baseline))
-    e = welch_estimate(np.log(variant), np.log(baseline))
-    if e is None: return None
-    return RatioEstimate("batches", e.absolute, e.se, e.df, float(baseline.mean()), n, len(variant) + len(baseline))
+    logs, plain = welch_estimate(np.log(variant), np.log(baseline)), welch_estimate(variant, baseline)
+    if logs is None or plain is None: return None
+    return RatioEstimate(
+        "batches", logs.absolute, logs.se, logs.df, plain.absolute, plain.se, plain.baseline, n, units=plain.n)
 
 # %% ../../nbs/stats/06_estimate.ipynb #cell-38
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
 """Kill the processes of small sweeps at random moments, and see that nothing is lost and nothing is run twice.
 
-A round starts a sweep in a folder of its own, kills its driver, its worker, its notebook kernel (or two of
-them) or the process that forks kernels, once or several times, and runs the sweep again to its end, in some rounds from two drivers at once. In some the kernel
-is stopped before, and wakes up when all is over. Then every planned cell has exactly one completed record, every line
-that was on the disk when something was killed is there unchanged, no lease and no device is held, and no process is
-left.
+A round starts a sweep in a folder of its own, kills its driver, its worker, its notebook kernel (or two of them) or the
+process that forks kernels, once or several times, and runs the sweep again to its end, in some rounds from two drivers
+at once. In some the kernel is stopped before, and wakes up when all is over. Then every planned cell has exactly one
+completed record, every line that was on the disk when something was killed is there unchanged, no lease and no device
+is held, and no process is left.
 
     python tests/faults.py --rounds 50
 """

@@ -129,7 +129,7 @@ def test_changed_code_is_loaded_anew(tmp_path, monkeypatch):
 
 def test_it_ends_with_its_worker(tmp_path):
     with worker(tmp_path) as (process, _):
-        job = {"study": "cifar", "parameters": dict(profile="demo", overrides=TINY, seeds=100, outputs=str(tmp_path))}
+        job = {"study": "cifar", "parameters": dict(profile="demo", overrides=TINY, seeds="0:100", outputs=str(tmp_path))}
         print(json.dumps(job), file=process.stdin, flush=True)
         assert wait_for(lambda: list(tmp_path.glob("*/*/*/*/runs.jsonl")), 120, 0.1)
         family = psutil.Process(process.pid).children(recursive=True)

@@ -129,7 +129,8 @@ def test_changed_code_is_loaded_anew(tmp_path, monkeypatch):
 
 def test_it_ends_with_its_worker(tmp_path):
     with worker(tmp_path) as (process, _):
-        job = {"study": "cifar", "parameters": dict(profile="demo", overrides=TINY, seeds="0:100", outputs=str(tmp_path))}
+        parameters = dict(profile="demo", overrides=TINY, seeds="0:100", outputs=str(tmp_path))
+        job = {"study": "cifar", "parameters": parameters}
         print(json.dumps(job), file=process.stdin, flush=True)
         assert wait_for(lambda: list(tmp_path.glob("*/*/*/*/runs.jsonl")), 120, 0.1)
         family = psutil.Process(process.pid).children(recursive=True)

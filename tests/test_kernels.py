@@ -4,8 +4,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import papermill
 import psutil
@@ -24,18 +25,17 @@ pytestmark = pytest.mark.skipif(not can_fork(), reason="this system does not for
 
 @contextmanager
 def worker(folder):
-    "A worker, and a function that gives it a batch: its provenance and records, or the error."
+    "A worker, and a function that gives it a batch: its records and provenance, or the error."
     command = [sys.executable, "-m", "speedrun_nb.sweep.worker"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
                           env=environment(), start_new_session=True) as process:
         assert json.loads(process.stdout.readline()) == {"ready": True}
 
-        def run(name, **more):
+        def run(name, study="cifar", **more):
             parameters = dict(profile="demo", overrides=TINY, seeds=1, outputs=str(folder), batch=name) | more
-            print(json.dumps({"study": "cifar", "parameters": parameters}), file=process.stdin, flush=True)
+            print(json.dumps({"study": study, "parameters": parameters}), file=process.stdin, flush=True)
             error = json.loads(process.stdout.readline())["error"]
-            if error: return error
-            return read_batch(next(path for path in batch_folders(folder) if path.name == name))
+            return error or read_batch(next(path for path in batch_folders(folder) if path.name == name))
 
         try: yield process, run
         finally: process.stdin.close()
@@ -139,6 +139,67 @@ def test_it_ends_with_its_worker(tmp_path):
         psutil.wait_procs(family, timeout=10)
         assert not [child for child in family if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
 
+
+# several processes
+
+GPT = {"model.layers": 2, "model.width": 24, "model.heads": 2, "data.sequence_length": 16, "train.batch_size": 8,
+       "train.device_batch_size": 2, "train.iterations": 14, "train.precision": "fp32",
+       "schedule.warmdown_iterations": 4, "evaluation.every": 5, "evaluation.tokens": 256}
+
+
+def family_of(pid, name):
+    "Descendants of a process that have a name."
+    return [child for child in psutil.Process(pid).children(recursive=True) if child.name() == name]
+
+
+def test_torchrun_and_its_processes_are_forked(tmp_path):
+    words = dict(profile="demo", overrides=json.dumps(GPT), seeds=1, outputs=tmp_path, batch="plain")
+    plain = call(sys.executable, "-m", "speedrun_nb.gpt", *(word for pair in words.items() for word in ("-p", *pair)))
+    assert plain.code == 0, plain.err
+    with worker(tmp_path) as (process, run):
+        seen, watch = [], threading.Event()
+
+        def look_on():
+            while not watch.wait(0.05):
+                with suppress(psutil.Error): seen.append(len(family_of(process.pid, "gpt-process")))
+
+        threading.Thread(target=look_on, daemon=True).start()
+        records, provenance = run("forked", "gpt", overrides=GPT)
+        watch.set()
+        assert not family_of(process.pid, "gpt-process") and not family_of(process.pid, "torchrun")
+    ordinary = read_batch(next(path for path in batch_folders(tmp_path) if path.name == "plain"))[0]
+    assert max(seen) == 2 and provenance["process"] == "forked" and records[0]["ranks"] == 2
+    for name in ("fingerprint", "threads", "tokens", "compiled"): assert records[0][name] == ordinary[0][name]
+    assert records[0]["curve"]["val_loss"] == ordinary[0]["curve"]["val_loss"]
+
+
+def test_a_process_that_is_killed_fails_its_run(tmp_path):
+    with worker(tmp_path) as (process, run):
+        def strike():
+            assert wait_for(lambda: list(tmp_path.glob("gpt/*/*/*/runs.jsonl")), 120, 0.05)
+            family_of(process.pid, "gpt-process")[1].kill()
+
+        striker = threading.Thread(target=strike)
+        striker.start()
+        error = run("struck", "gpt", overrides=GPT | {"train.iterations": 100}, seeds=5)
+        striker.join()
+        assert "1 of 5 runs failed" in error and "ended by SIGKILL" in error
+    found, _ = read_batch(batch_folders(tmp_path)[0])
+    assert sorted(record["status"] for record in found) == ["completed"] * 4 + ["failed"]
+
+
+def test_processes_end_with_the_worker(tmp_path):
+    with worker(tmp_path) as (process, _):
+        parameters = dict(profile="demo", overrides=GPT | {"train.iterations": 10**6}, outputs=str(tmp_path))
+        print(json.dumps({"study": "gpt", "parameters": parameters}), file=process.stdin, flush=True)
+        assert wait_for(lambda: len(family_of(process.pid, "gpt-process")) == 2, 120, 0.1)
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        psutil.wait_procs(family, timeout=15)
+        assert not [child for child in family if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+
+
+# a parent that fails
 
 @pytest.fixture
 def swept(tmp_path):

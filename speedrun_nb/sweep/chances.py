@@ -8,7 +8,6 @@ __all__ = ['POWER', 'pass_chance', 'p_short', 'p_harmless', 'Border', 'effect_bo
 # %% ../../nbs/sweep/15_chances.ipynb #cell-03
 from dataclasses import dataclass
 
-import numpy as np
 from scipy import stats
 
 from ..core.errors import SpeedrunError

@@ -59,7 +59,7 @@ def _known_words(sweep, case, claim, n)->list[str]:
 def _seeds(sweep)->int: return min(sweep.seeds_per_batch, len(sweep.seeds))
 
 # %% ../../nbs/sweep/14_outlook.ipynb #cell-09
-ASSUMED_SD = 0.01  # of batch means, as a part of the mean; in published CIFAR-10 runs the mean moved so much between sessions
+ASSUMED_SD = 0.01  # of batch means, as a part of the mean: so much do published CIFAR-10 runs move between sessions
 
 def _assumed_words(sweep, claim, n, why)->list[str]:
     "What the plan can show of a claim if batches differ as is assumed."
@@ -72,15 +72,15 @@ def _assumed_words(sweep, claim, n, why)->list[str]:
     if effect is None: return [f"{design}: below {MINIMUM} blocks every verdict is undecided", unknown]
     asked = f"a claim of at least {100 * claim.at_least:.3g} %" if claim.at_least else "a claim of any improvement"
     return [f"{design} would support {asked} in 80 % of studies if the true effect is {percent(effect, 2)}",
-            f"{unknown}; assumed: a standard deviation of {percent(ASSUMED_SD)} between batch means; guards not counted"]
+            f"{unknown}; assumed: batch means differ by {percent(ASSUMED_SD)} (standard deviation), and no guard"]
 
 # %% ../../nbs/sweep/14_outlook.ipynb #cell-11
 def _looking_words(sweep, n)->list[str]:
     "What looking all along costs."
     if sweep.stop != "decided" or n < MINIMUM: return []
     wider = anytime_critical(LEVEL, n - 1, n) / stats.t.isf((1 - LEVEL) / 2, n - 1)
-    return [f"stop: decided looks after every block, so at the last one its interval is {wider:.1f} times as wide as these "
-            "numbers suppose; it ends earlier where an effect is larger"]
+    return [f"stop: decided looks after every block, so at the last one its interval is {wider:.1f} times as wide "
+            "as these numbers suppose; it ends earlier where an effect is larger"]
 
 # %% ../../nbs/sweep/14_outlook.ipynb #cell-13
 def outlook(

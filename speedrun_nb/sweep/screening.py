@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COPIES', 'SCREENING', 'Screened', 'candidates', 'screened', 'known_runs', 'lost_runs', 'improvement', 'worsening',
-           'effect_words', 'guard_words', 'chance_words', 'Judged', 'judge', 'ranked', 'judge_all']
+           'effect_words', 'guard_words', 'passing_words', 'Judged', 'judge', 'ranked', 'judge_all']
 
 # %% ../../nbs/sweep/15_screening.ipynb #cell-02
 from dataclasses import dataclass, replace
@@ -110,7 +110,7 @@ def effect_words(
 )->str:
     "A sentence on what the variant is to improve."
     asked = _asked(metric, at_least)
-    if answer.relative is None: return f"{_label(metric)}: no relative change can be computed, and {asked} is asked for."
+    if answer.relative is None: return f"{_label(metric)}: no relative change can be computed."
     interval = answer.ci95_relative
     show = partial(relative_amount, resolution=half(interval))
     measured = f"95 % interval {span(interval, show)}" if interval else "no interval"
@@ -128,7 +128,7 @@ def guard_words(answer:Answer, border:Border, metric:Metric, margin:float)->str:
     return f"{measured}. That is too much: it is worse by more than {limit}{sure}."
 
 # %% ../../nbs/sweep/15_screening.ipynb #cell-23
-def chance_words(found:Chances, metric:Metric)->str:
+def passing_words(found:Chances, metric:Metric)->str:
     "A sentence on what the rule lets through."
     if found.null is None: return "How often a variant goes on that changes nothing is not known, for no spread is."
     words = f"With this spread a variant that changes nothing would go on with probability {percent(found.null)}"
@@ -192,7 +192,7 @@ def _what_it_did(stage, name, rule, figures)->tuple[bool, list[str]]:
         words.append(guard_words(answer, guard, kept, margin))
     found = chances(effect, rule.at_least, _reach(stage, name, rule), guard, margin)
     figures |= dict(chance_null=found.null, chance_reaching=found.reaching)
-    return effect.passed and (guard is None or guard.passed), [*words, chance_words(found, metric)]
+    return effect.passed and (guard is None or guard.passed), [*words, passing_words(found, metric)]
 
 # %% ../../nbs/sweep/15_screening.ipynb #cell-36
 def judge(

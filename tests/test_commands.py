@@ -345,13 +345,13 @@ def test_runs_of_an_unknown_profile(speedrun, simulated):
 
 def test_half_written_line(speedrun, tmp_path):
     simulated_runs(tmp_path, effects={"baseline": (0, 0), "det_crop": (-0.4, 0.01)})
-    path = tmp_path / "cifar/demo/baseline/simulated/runs.jsonl"
+    path = tmp_path / "cifar/demo/baseline/simulated-00/runs.jsonl"
     with path.open("ab") as file: file.write(b'{"run_id": "05b0bcfe5ceb8795", "stu')
-    other = tmp_path / "cifar/demo/det_crop/simulated/runs.jsonl"
+    other = tmp_path / "cifar/demo/det_crop/simulated-00/runs.jsonl"
     other.write_bytes(b"\xff\x00 noise\n" + other.read_bytes())
     for arguments, count in ((["runs", "--json"], 16), (["compare", "cifar", "baseline", "det_crop", "--json"], None)):
         done = speedrun(*arguments, "--outputs", tmp_path)
-        assert done.code == 0 and f"{path}, line 9: half-written record left out" in done.err
+        assert done.code == 0 and f"{path}, line 2: half-written record left out" in done.err
         assert f"{other}, line 1: damaged record left out" in done.err
         assert count is None or len(strict_json(done.out)) == count
 

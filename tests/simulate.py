@@ -112,8 +112,8 @@ def result_of(study: Study, typical: Typical, variant: Variant, seed: int, measu
         tokens=tokens and dict(trained=tokens, unique=tokens // 2, passes=2.0))
 
 
-def simulated_provenance() -> dict:
-    return dict(status="completed", host_id="simulated", cpu="simulated", packages={}, git={}, gpus=[])
+def simulated_provenance(host: str) -> dict:
+    return dict(status="completed", host_id=host, cpu="simulated", packages={}, git={}, gpus=[])
 
 
 @dataclass(frozen=True)
@@ -122,10 +122,13 @@ class Layout:
     variants: int
     seeds_per_batch: int
     between: float  # standard deviation of what blocks, and batches in them, add to times, in that of runs
+    hosts: tuple[str, ...]
 
     def block(self, seed: int) -> int: return seed // self.seeds_per_batch
 
     def batch(self, seed: int) -> str: return f"simulated-{self.block(seed):02d}"
+
+    def host(self, seed: int) -> int: return self.block(seed) % len(self.hosts)
 
     def state(self, seed: int, place: int) -> float:
         "What the machine's state adds to the times of a batch, in standard deviations of runs."
@@ -139,14 +142,15 @@ class Layout:
         started = START + timedelta(hours=self.block(seed), minutes=before)
         times = dict(started_at=started.isoformat(), ended_at=(started + timedelta(seconds=50)).isoformat())
         order = self.block(seed) * self.variants * self.seeds_per_batch + before
-        return dict(block=self.block(seed), batch=self.batch(seed), order=order, **times)
+        where = dict(host_id=self.hosts[self.host(seed)], block=self.block(seed), batch=self.batch(seed))
+        return where | times | dict(order=order)
 
 
 def cell_of(variant: Variant, sweep: str | None) -> dict:
     "What is the same for all runs of a variant."
     named = dict(study=variant.study.name, profile=variant.profile, variant=variant.name)
     asked = dict(config=variant.flat, config_hash=variant.config_hash, repeat=0, sweep=sweep)
-    return named | asked | dict(host_id="simulated", clock=variant.study.clock)
+    return named | asked | dict(clock=variant.study.clock)
 
 
 def add_run(folder: Path, record: dict) -> None:
@@ -154,7 +158,7 @@ def add_run(folder: Path, record: dict) -> None:
     batch = folder / record["batch"]
     if not batch.exists():
         batch.mkdir(parents=True)
-        write_json(batch / "provenance.json", simulated_provenance())
+        write_json(batch / "provenance.json", simulated_provenance(record["host_id"]))
     append_record(batch / "runs.jsonl", record)
 
 
@@ -167,17 +171,20 @@ def simulated_runs(
     sweep: str | None = None,     # name of the plan that they are made under
     seeds_per_batch: int = 1,     # a batch of every variant is a block
     between: float = 0.0,         # how much blocks and batches differ in time, in standard deviations of runs
+    hosts: tuple[str, ...] = ("simulated",),  # which take turns, block by block; each is a tenth slower than the last
 ) -> None:
     "Write simulated records as a sweep leaves them: the variants took turns, in blocks of one batch each."
     effects = effects or {"baseline": (0, 0)}
     known, noise = load_study(study), random.Random(0)
-    typical, layout = typical_of(known), Layout(len(effects), seeds_per_batch, between)
+    typical, layout = typical_of(known), Layout(len(effects), seeds_per_batch, between, hosts)
     ready = Ready("cpu", "fp32", 1, 0.0, {}, ranks=typical.ranks)
-    spread = spread_of(known.metrics["time_seconds"], typical)
+    time = known.metrics["time_seconds"]
+    usual, spread = typical_value(time, typical), spread_of(time, typical)
     for place, (name, (seconds, quality)) in enumerate(effects.items()):
         variant = resolve(known, name, profile)
         for seed in range(runs):
-            effect = seconds + spread * layout.state(seed, place), quality
+            slower = 0.1 * layout.host(seed) * (usual + seconds)
+            effect = seconds + slower + spread * layout.state(seed, place), quality
             result = result_of(known, typical, variant, seed, measure(known, typical, effect, noise))
             cell = cell_of(variant, sweep) | layout.turn(seed, place)
             add_run(Path(outputs) / study / profile / name, make_record(result, ready, cell, known.metrics))

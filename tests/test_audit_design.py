@@ -137,7 +137,7 @@ def test_complete_randomisation_is_no_sequence():
 
 def test_a_variant_may_have_its_own_precision_and_data():
     frame = study()
-    declared = [{"train.precision": variant, "data.dataset": variant} for variant in frame["variant"]]
+    declared = [{"train.precision": variant, "data.order": variant} for variant in frame["variant"]]
     frame = frame.assign(precision=frame["variant"], config=declared)
     def own_data(variant, batch): return {"data": {"train.bin": variant}}
     assert not serious(case_of(frame, own_data))

@@ -158,7 +158,7 @@ def test_what_a_claim_was_when_it_was_planned_counts(sweep, tmp_path):
     bold = json.loads(json.dumps(frozen.design))
     next(c for c in bold["conditions"] if c["name"] == "det_crop")["claim"]["at_least"] = 0.3
     bolder = freeze(SweepPlan("cifar_demo", bold, frozen.circumstances), tmp_path)
-    for condition in bolder.conditions: run(tmp_path, condition["variant"], "0:5", sweep=bolder.name)
+    for condition in bolder.conditions: run(tmp_path, condition["variant"], bold["seeds"], sweep=bolder.name)
     freeze(frozen, tmp_path)
     report = load_report("cifar", tmp_path)
     f, = (f for f in report.findings if f.id == "claim-changed")

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BaselineName', 'VariantName', 'MetricName', 'Where', 'COLOURS', 'OnlyProfile', 'EffectSize', 'Claimed', 'Margin',
-           'FamilySize', 'SeedsPerBatch', 'Power', 'Units', 'BetweenRatio', 'ChangedMetric', 'HourPrice', 'SpreadOf',
-           'Figure', 'Document', 'RenderEngine', 'PaperOutputs', 'only_profile', 'run_row', 'notices', 'runs_command',
-           'read_conditions', 'print_comparison', 'compare_command', 'print_findings', 'audit_command',
+           'FamilySize', 'SeedsPerBatch', 'Power', 'BlocksAsked', 'BetweenRatio', 'ChangedMetric', 'HourPrice',
+           'SpreadOf', 'Figure', 'Document', 'RenderEngine', 'PaperOutputs', 'only_profile', 'run_row', 'notices',
+           'runs_command', 'read_conditions', 'print_comparison', 'compare_command', 'print_findings', 'audit_command',
            'save_power_curves', 'spread_warnings', 'print_power', 'power_command', 'render_command']
 
 # %% ../../nbs/cli/02_judge.ipynb #cell-02
@@ -34,6 +34,7 @@ from speedrun_nb.cli.options import (
     print_table,
     read_all,
     read_frame,
+    tell_withdrawn,
     warn,
 )
 from ..core.errors import SpeedrunError, one_of
@@ -73,6 +74,7 @@ def runs_command(study:AnyStudy=None, outputs:Outputs="outputs", profile:Profile
     from speedrun_nb.evidence.plans import planned_by
     frame = read_frame(outputs, checked_name(study))
     if profile is not None: frame = only_profile(frame, profile, study)
+    tell_withdrawn(outputs_folder(outputs), study)
     if as_json:
         print(frame.to_json(orient="records", indent=1))
         return
@@ -166,7 +168,8 @@ def audit_command(study:StudyWithRuns=None, profile:OnlyProfile=None, outputs:Ou
     from speedrun_nb.audit.audit import audit
     from speedrun_nb.core.study import load_study
     frame, provenances, plans = read_all(outputs, checked_name(study))
-    names = [study] if study else sorted(set(frame["study"].dropna()))
+    own = {path.partition("/")[0] for path, known in provenances.items() if known.get("seeds")}
+    names = [study] if study else sorted(set(frame["study"].dropna()) | own)
     if not names:
         raise SpeedrunError("there are no runs to audit yet; make some with `speedrun run`, "
                             "or import published ones with `speedrun import`")
@@ -203,7 +206,7 @@ Margin = Annotated[str | None, option(metavar="METRIC=VALUE", help=(
 FamilySize = Annotated[int, typer.Option(help="Variants that are judged together; they share 5 % of false alarms.")]
 SeedsPerBatch = Annotated[int, typer.Option(help="Runs of a batch. The answer says which number is cheapest.")]
 Power = Annotated[float, typer.Option(help="Probability that the claim is supported.")]
-Units = Annotated[int | None, option(help="Blocks to ask about: what could so many show?")]
+BlocksAsked = Annotated[int | None, option(help="Blocks to ask about: what could so many show?")]
 BetweenRatio = Annotated[float | None, option(help=(
     "Standard deviation between batches, in those between the runs of one; by default as recorded, "
     "or 1 where only one batch is."))]
@@ -230,7 +233,7 @@ def power_command(
     family:FamilySize=1,
     seeds_per_batch:SeedsPerBatch=5,
     power:Power=0.8,
-    units:Units=None,
+    units:BlocksAsked=None,
     between_ratio:BetweenRatio=None,
     metric:ChangedMetric="time_seconds",
     price:HourPrice=None,

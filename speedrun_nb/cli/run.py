@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PAIR_EXPECTED', 'Parameters', 'sweep_app', 'SHOWN', 'DryRun', 'WatchBudget', 'Engine', 'Address', 'Resource',
-           'StatusFile', 'StageFile', 'join_pairs', 'split_pairs', 'run_command', 'make_engine', 'print_plan',
-           'report_end', 'sweep_run', 'sweep_status', 'promote_command', 'ledger_command']
+           'StatusFile', 'StageFile', 'BatchFolder', 'Why', 'join_pairs', 'split_pairs', 'run_command', 'make_engine',
+           'print_plan', 'report_end', 'sweep_run', 'sweep_status', 'promote_command', 'ledger_command',
+           'withdraw_command']
 
 # %% ../../nbs/cli/01_run.ipynb #cell-02
 from pathlib import Path
@@ -28,6 +29,7 @@ from speedrun_nb.cli.options import (
     print_json,
     print_rows,
     print_table,
+    tell_withdrawn,
     warn,
 )
 from ..core.errors import SpeedrunError, one_of
@@ -216,6 +218,27 @@ def ledger_command(study:StudyWithRuns=None, price:Price=None, outputs:Outputs="
     Example: `speedrun ledger gpt --price 2.5`
     """
     from speedrun_nb.sweep.ledger import as_table, ledger
-    rows = ledger(outputs_folder(outputs), checked_name(study), price)
+    folder, name = outputs_folder(outputs), checked_name(study)
+    rows = ledger(folder, name, price)
     if as_json: print_json(rows)
     else: print_table(as_table(rows))
+    tell_withdrawn(folder, name)
+
+# %% ../../nbs/cli/01_run.ipynb #cell-21
+BatchFolder = Annotated[str, argument(
+    "A batch: the name of its folder, or STUDY/PROFILE/VARIANT/NAME where several have that name.")]
+Why = Annotated[str, typer.Option(help="The reason, in a sentence; papers print it.", show_default=False)]
+
+def withdraw_command(batch:BatchFolder, why:Why, outputs:Outputs="outputs", as_json:JSON=False):
+    """Give up the runs of a batch that are missing or failed, such as after Ctrl-C, and say why.
+
+    Only runs without a result are concerned. Completed and diverged runs are results: they stay, are counted, and
+    cannot be withdrawn; no file is deleted or changed. Who, when and why are written beside the records, and shown by
+    `speedrun runs`, `ledger` and `audit` and in papers. To make the missing runs instead, run the same command again.
+
+    Example: `speedrun withdraw 20260101T120000Z-a1b2c3 --why "the machine was needed"`
+    """
+    from speedrun_nb.core.withdraw import withdraw, withdrawn_words
+    made = withdraw(outputs_folder(outputs), batch, why)
+    if as_json: print_json(made)
+    else: print(*withdrawn_words({made["batch"]: dict(withdrawn=made)}))

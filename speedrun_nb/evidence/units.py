@@ -94,7 +94,7 @@ def blocks_of(
 )->pd.DataFrame:  # by host, sweep and block: mean_, n_, first_ and last_ of variant and baseline, apart
     "The blocks in which both sides have a value."
     ours, theirs = _in_blocks(variant, metric), _in_blocks(baseline, metric)
-    both = ours.join(theirs, how="inner", lsuffix="_variant", rsuffix="_baseline")
+    both = ours.merge(theirs, left_index=True, right_index=True, suffixes=("_variant", "_baseline"))
     return both.assign(apart=_apart(both)).sort_values(["first_variant"], kind="stable")
 
 # %% ../../nbs/evidence/01_units.ipynb #cell-19

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RELATIVE', 'mean_and_spread', 'interval', 'signed', 'signed_interval', 'signed_with_interval', 'p_cell', 'runs_table',
-           'summary_table', 'counted', 'comparison_table', 'baseline_of', 'relative_change', 'costs_table',
+           'summary_table', 'units_counted', 'comparison_table', 'baseline_of', 'relative_change', 'costs_table',
            'settings_table', 'hyperparameter_table', 'machine_table']
 
 # %% ../../nbs/report/02_tables.ipynb #cell-02
@@ -178,8 +178,8 @@ def _metric_cell(metric:Metric)->str:
     return f"{arrow}{NBSP}{name}"
 
 # %% ../../nbs/report/02_tables.ipynb #cell-31
-def counted(c:Comparison)->str:
-    "What the difference by the design counts as independent: `8 blocks`; batches and runs are those of the smaller side."
+def units_counted(c:Comparison)->str:
+    "What the difference counts as independent: `8 blocks`; batches and runs are those of the smaller side."
     basis = c.basis
     if basis.method in ("blocks", "hosts"): return count(basis.units, basis.method.removesuffix("s"))
     if basis.method == "paired": return count(c.paired.n, "pair")
@@ -190,7 +190,7 @@ def counted(c:Comparison)->str:
 def _by_cell(c:Comparison)->str:
     "What the verdict judges, by what it counts."
     if c.estimate.method == "frontier": return f"distance from {count(len(c.frontier.budgets), 'other budget')}"
-    return counted(c)
+    return units_counted(c)
 
 # %% ../../nbs/report/02_tables.ipynb #cell-34
 def _comparison_row(report:StudyReport, c:Comparison)->dict:

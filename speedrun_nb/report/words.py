@@ -18,6 +18,7 @@ from ..evidence.verdict import paragraph
 from .study import StudyReport
 from .style import main_metrics
 from .tables import mean_and_spread
+from ..stats.tests import ALPHA
 
 # %% ../../nbs/report/04_words.ipynb #cell-07
 def _why_not(report:StudyReport, group:Group)->str:
@@ -125,7 +126,8 @@ def protocol(report:StudyReport)->str:
     if report.profile == "published": return _published_protocol(report, clock, counted)
     return (f"Time is measured by {clock}'s clock: {counted}. {report.study.protocol} "
             "In a sweep the variants take turns, in randomised complete blocks, "
-            "so that a machine that drifts does not favour one of them.")
+            "so that a machine that drifts does not favour one of them. "
+            "Runs of a batch share a process and some minutes, so times count blocks, and not runs.")
 
 # %% ../../nbs/report/04_words.ipynb #cell-26
 def claim_sentence(
@@ -222,10 +224,12 @@ def _outcomes(report:StudyReport)->str:
 def best(report:StudyReport)->str:
     "The best of several variants, corrected for how many were looked at; empty where none is better."
     better = [c for c in report.comparisons if c.family and c.estimate.better and c.verdict.outcome != "untrustworthy"]
+    better = [c for c in better if c.claim]
     if not better: return ""
     c = min(better, key=lambda c: c.family.p_adjusted)
-    return (f"The clearest improvement of {c.family.size} variants is `{c.variant.name}` "
-            f"({p_value(c.family.p_adjusted)} after Holm's correction for choosing it among them).")
+    corrected = f"{p_value(c.family.p_adjusted)} for its claim, after Holm's correction for choosing it among them"
+    if c.family.p_adjusted >= ALPHA: return f"None of {c.family.size} variants stands out; the best has {corrected}."
+    return f"Of {c.family.size} variants, `{c.variant.name}` stands out most clearly ({corrected})."
 
 # %% ../../nbs/report/04_words.ipynb #cell-42
 def audited(report:StudyReport)->str:

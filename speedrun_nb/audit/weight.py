@@ -97,12 +97,11 @@ def could_turn(
 # %% ../../nbs/audit/03_weight.ipynb #cell-19
 VISIBLE = 0.1  # of the difference, or of half the width of its interval
 
-def _is_visible(baseline:Group, variant:Group, metric:Metric, size:float)->bool:
-    "Is a flaw a part of the difference, or of its uncertainty, that is worth a word?"
-    estimate = estimate_of(baseline, variant, metric)
-    known = abs(difference_of_means(baseline, variant, metric))
+def _share(baseline:Group, variant:Group, metric:Metric, size:float)->float:
+    "A flaw as a part of the difference, or of half the width of its interval if that is larger."
+    estimate, known = estimate_of(baseline, variant, metric), abs(difference_of_means(baseline, variant, metric))
     if estimate is not None: known = max(known, (estimate.interval()[1] - estimate.interval()[0]) / 2)
-    return bool(size > VISIBLE * known)
+    return size / known if known else math.inf
 
 def weigh(
     baseline:Group,
@@ -113,7 +112,7 @@ def weigh(
 )->str:                # serious, warning or note
     "How bad a flaw of this size is for the comparison of two groups."
     if could_turn(baseline, variant, metric, claim, size): return "serious"
-    return "warning" if _is_visible(baseline, variant, metric, size) else "note"
+    return "warning" if _share(baseline, variant, metric, size) > VISIBLE else "note"
 
 # %% ../../nbs/audit/03_weight.ipynb #cell-21
 def worst(severities:Iterable[str])->str|None:
@@ -181,13 +180,14 @@ def weigh_without(
     claim:Claim|None,      # of the variant
     runs:Collection[str],  # run_ids of those that are flawed, of either side
 )->str:                    # serious, warning or note
-    "How bad it is that some runs are flawed: would the verdict be another without them?"
+    "How bad flawed runs are: would the verdict be another without them, or is most of the difference theirs?"
     rest = [_left_out(group, runs) for group in (baseline, variant)]
     size = abs(difference_of_means(*rest, metric) - difference_of_means(baseline, variant, metric))
     outcomes = [_outcome(*sides, metric, claim) for sides in ((baseline, variant), rest)]
     if None in outcomes: return weigh(baseline, variant, metric, claim, size)
-    if outcomes[0] != outcomes[1]: return "serious"
-    return "warning" if _is_visible(*rest, metric, size) else "note"
+    share = _share(*rest, metric, size)
+    if outcomes[0] != outcomes[1] or share > 1: return "serious"
+    return "warning" if share > VISIBLE else "note"
 
 # %% ../../nbs/audit/03_weight.ipynb #x
 def weigh_runs(

@@ -614,7 +614,8 @@ def asked(monkeypatch):
 
 def test_dry_run_alternates(speedrun, sweep_file, tmp_path, asked):
     done = speedrun("sweep", sweep_file, "--dry-run", "--outputs", tmp_path / "outputs")
-    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines_of(done.out, " demo ")]
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines_of(done.out, "│ demo ")]
+    assert "2 blocks of 2 runs a side: below 5 blocks every verdict is undecided" in done.out
     assert done.code == 0 and asked == [] and not (tmp_path / "outputs").exists()
     assert [sorted(row[2] for row in rows[i : i + 3]) for i in (0, 3)] == [
         ["baseline", "det_crop", "det_crop_backoff"]

@@ -14,7 +14,8 @@ def test_looking_after_every_block_supports_nothing_that_is_not_there():
 
 
 def test_a_clear_effect_ends_a_sweep_and_looks_that_are_left_out_decide_nothing():
-    found = stop_rates(2, CLAIMED, effect=0.06, variants=("det_crop", "random_crop_backoff"), blocks=14, every_look=True)
+    variants = "det_crop", "random_crop_backoff"
+    found = stop_rates(2, CLAIMED, effect=0.06, variants=variants, blocks=14, every_look=True)
     assert found["supported"] == 1 and found["refuted"] == 0 and 5 <= found["mean_blocks"] < 14
 
 

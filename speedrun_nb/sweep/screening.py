@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COPIES', 'SCREENING', 'Screened', 'candidates', 'screened', 'known_runs', 'lost_runs', 'improvement', 'worsening',
-           'effect_words', 'guard_words', 'passing_words', 'Judged', 'judge', 'ranked', 'judge_all']
+           'effect_words', 'guard_words', 'passing_words', 'Judged', 'judge', 'ranked', 'usual_se', 'judge_all']
 
 # %% ../../nbs/sweep/15_screening.ipynb #cell-02
 from dataclasses import dataclass, replace
@@ -178,7 +178,7 @@ def _reach(stage, name, rule)->float:
     claim = claim_of(stage.sweep.study, name)
     return max(rule.at_least, claim.at_least if claim and claim.metric == rule.metric else 0.0)
 
-def _what_it_did(stage, name, rule, figures)->tuple[bool, list[str]]:
+def _what_it_did(stage, name, rule, se, figures)->tuple[bool, list[str]]:
     "Does it meet the rule? The sentences on effect, guard and chances; adds to the figures."
     group, baseline, known = stage.groups[name], stage.baseline, stage.sweep.study.metrics
     metric, guard, margin = known[rule.metric], None, 0.0
@@ -190,7 +190,8 @@ def _what_it_did(stage, name, rule, figures)->tuple[bool, list[str]]:
         answer, guard = answer_of(baseline, group, kept)[0], guard_border(baseline, group, kept, margin)
         figures |= _guarded(answer, guard, kept)
         words.append(guard_words(answer, guard, kept, margin))
-    found = chances(effect, rule.at_least, _reach(stage, name, rule), guard, margin)
+    usual = replace(effect, se=se or effect.se)
+    found = chances(usual, rule.at_least, _reach(stage, name, rule), guard, margin)
     figures |= dict(chance_null=found.null, chance_reaching=found.reaching)
     return effect.passed and (guard is None or guard.passed), [*words, passing_words(found, metric)]
 
@@ -199,6 +200,7 @@ def judge(
     stage:Screened,
     name:str,            # of a variant
     rule:Promotion,
+    se:float|None=None,  # of an effect, usual in this stage; None: as seen in this variant
 )->Judged:
     "Apply the rule to one variant, without looking at the others."
     group, baseline, known = stage.groups[name], stage.baseline, stage.sweep.study.metrics
@@ -207,7 +209,7 @@ def judge(
     figures = dict(runs=runs[0], runs_baseline=runs[1], failed=group.failed if group else 0,
                    diverged=group.diverged if group else 0)
     if min(runs) < rule.runs: return _too_few(name, group, baseline, metrics, rule, figures)
-    met, words = _what_it_did(stage, name, rule, figures)
+    met, words = _what_it_did(stage, name, rule, se, figures)
     against, lost = _serious_findings(stage, group, metrics), lost_runs(group, metrics)
     figures |= dict(findings=[f.id for f in against])
     copied = any(f.id in COPIES for f in against)
@@ -235,12 +237,23 @@ def _runnable(judged:Judged, study:Study, profile:str)->Judged:
     return judged
 
 # %% ../../nbs/sweep/15_screening.ipynb #cell-45
+def usual_se(stage:Screened, rule:Promotion)->float|None:
+    "The standard error of an effect, over the variants of a stage; None where none has one."
+    metric, baseline = stage.sweep.study.metrics[rule.metric], stage.baseline
+    if known_runs(baseline, [metric]) < rule.runs: return None
+    groups = [group for group in stage.groups.values() if known_runs(group, [metric]) >= rule.runs]
+    found = [effect_border(baseline, group, metric, rule.at_least) for group in groups]
+    squares = [border.se**2 for border in found if border.p is not None]
+    return (sum(squares) / len(squares)) ** 0.5 if squares else None
+
+# %% ../../nbs/sweep/15_screening.ipynb #cell-47
 def judge_all(
     stage:Screened,
     rule:Promotion,
     profile:str,     # of the later stage
 )->list[Judged]:     # those that go on first, the best of them first
     "Apply the rule to all variants of a stage."
-    judged = [judge(stage, name, rule) for name in stage.groups]
+    se = usual_se(stage, rule)
+    judged = [judge(stage, name, rule, se) for name in stage.groups]
     judged = [_runnable(j, stage.sweep.study, profile) if j.goes_on else j for j in judged]
     return ranked(judged, rule.most)

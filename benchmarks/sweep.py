@@ -11,16 +11,24 @@ any other. Once with empty outputs, once with many cells done already, once with
 which is noisy when others use the machine, stands the time between the end of one notebook and the start of the next
 within the sweep itself.
 
-`kernel`: the time to start a Jupyter kernel until it answers, for it to import what the run notebook of CIFAR-10 does,
-and to end it.
+`kernel`: a notebook that imports what the run notebook of CIFAR-10 does, by plain papermill and, as in a sweep, with a
+kernel that is forked, taking turns; by part, and the ratio of the two. `load` is what a parent of kernels takes to
+start, once for each block of a sweep.
+
+`start`: real batches of tiny networks, their kernels forked and ordinary, taking turns: seconds until the trainer
+begins, until the first run begins (after data and warm-up), and from the end of the last run to the end of the batch;
+and what is not training.
 
     python benchmarks/sweep.py                 # everything: some minutes
     python benchmarks/sweep.py plan --cells 10000
     python benchmarks/sweep.py batch --batches 20 --cells 10000
+    python benchmarks/sweep.py kernel start --rounds 10
 """
 import argparse
+import datetime
 import functools
 import json
+import operator
 import os
 import random
 import subprocess
@@ -248,6 +256,7 @@ def our_share(project, cells, done, batches):
         with turns.show.showing(): drive.run()
     differences = [ours - plain for ours, plain in zip(turns.sweep, turns.plain, strict=True)]
     return {"sweep": median(turns.sweep), "plain papermill": median(turns.plain),
+            "ratio": median(map(operator.truediv, turns.sweep, turns.plain)),
             "median difference": median(differences), "its quartiles": quantiles(differences, n=4)[::2],
             "between notebooks": median(turns.around), "batches": len(differences),
             "load of the machine": os.getloadavg()[0] / os.cpu_count()}
@@ -287,30 +296,100 @@ IMPORTS = {
 }
 
 
+def take_turns(ways, rounds):
+    "Medians over rounds of what two ways give, and of the ratio of the first to the second."
+    found = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items(): found[name].append(way())
+    medians = {name: {key: median(each[key] for each in seen) for key in seen[0]} for name, seen in found.items()}
+    pairs = list(zip(*found.values(), strict=True))
+    ratio = {key: median(one[key] / two[key] for one, two in pairs) for key in pairs[0][0]}
+    return medians | {"ratio": ratio, "load of the machine": os.getloadavg()[0] / os.cpu_count()}
+
+
+def seconds_between(begin, end): return (end - begin).total_seconds()
+
+
+def timed_notebook(path, **options):
+    "Seconds until the first cell begins, of each cell, from the last cell to the end."
+    import papermill
+
+    began = datetime.datetime.now(datetime.UTC)
+    done = papermill.execute_notebook(path, path.with_name("out.ipynb"), kernel_name="python3", progress_bar=False,
+                                      extra_arguments=QUIET, **options)
+    ended = datetime.datetime.now(datetime.UTC)
+    cells = [cell.metadata.papermill for cell in done.cells if cell.cell_type == "code"]
+    first, last = (datetime.datetime.fromisoformat(time) for time in (cells[0].start_time, cells[-1].end_time))
+    imports = {f"import: {name}": cell.duration for name, cell in zip(IMPORTS, cells, strict=True)}
+    return ({"start": seconds_between(began, first)} | imports
+            | {"end": seconds_between(last, ended), "together": seconds_between(began, ended)})
+
+
+@contextmanager
+def kernels_of(study):
+    "A parent of kernels that has loaded, and the seconds that took."
+    from speedrun_nb.sweep.kernel import Kernels, modules_of
+
+    kernels, began = Kernels(), time.perf_counter()
+    kernels.forker.fork("time:sleep", [0], modules_of(study)).wait()
+    try: yield kernels, time.perf_counter() - began
+    finally: kernels.close()
+
+
 def measure_kernel(rounds):
     "Median seconds of what a batch waits for before and after it does anything."
-    from jupyter_client.manager import start_new_kernel
+    import nbformat
 
-    seconds = {}
+    from speedrun_nb.sweep.executing import ENGINE
 
-    def timed(name, function, *arguments, **options):
-        start = time.perf_counter()
-        value = function(*arguments, **options)
-        seconds.setdefault(name, []).append(time.perf_counter() - start)
-        return value
+    with kernels_of("cifar") as (kernels, load), tempfile.TemporaryDirectory() as folder:
+        path, cells = Path(folder) / "imports.ipynb", map(nbformat.v4.new_code_cell, IMPORTS.values())
+        nbformat.write(nbformat.v4.new_notebook(cells=list(cells)), path)
+        ways = {"forked": lambda: timed_notebook(path, engine_name=ENGINE, batch_kernel=kernels.for_batch("cifar", {})),
+                "plain papermill": lambda: timed_notebook(path)}
+        return take_turns(ways, rounds) | {"load": load}
 
-    for _ in range(rounds):
-        # waits for the answer to kernel_info
-        manager, client = timed("start", start_new_kernel, kernel_name="python3", extra_arguments=QUIET)
-        try:
-            for name, code in IMPORTS.items():
-                answer = timed(f"import: {name}", client.execute_interactive, code)
-                if answer["content"]["status"] != "ok": raise SystemExit(f"{code} failed")
-        finally:
-            client.stop_channels()
-            timed("end", manager.shutdown_kernel)
-    together = median(map(sum, zip(*seconds.values(), strict=True)))
-    return {name: median(each) for name, each in seconds.items()} | {"together": together}
+
+# the start of a batch
+
+TINY = {
+    "cifar": {"data.train_images": 500, "whitening.images": 200, "train.batch_size": 100, "train.epochs": 3,
+              "model.widths": [8, 8, 8]},
+    "gpt": {"model.layers": 2, "model.width": 24, "model.heads": 2, "data.sequence_length": 16, "train.batch_size": 8,
+            "train.device_batch_size": 2, "train.iterations": 14, "schedule.warmdown_iterations": 4,
+            "evaluation.every": 5, "evaluation.tokens": 256},
+}
+
+
+def timed_batch(study, kernel):
+    "Seconds of a tiny batch of two runs until, between and after its runs."
+    from speedrun_nb.core.provenance import read_provenance
+    from speedrun_nb.core.records import read_records
+    from speedrun_nb.sweep.notebook import run_notebook
+
+    with tempfile.TemporaryDirectory() as outputs:
+        parameters = dict(profile="demo", seeds=2, overrides=TINY[study], outputs=outputs)
+        began = datetime.datetime.now(datetime.UTC)
+        folder = run_notebook(study, parameters, echo=False, kernel=kernel)
+        ended = datetime.datetime.now(datetime.UTC)
+        trainer = datetime.datetime.fromisoformat(read_provenance(folder)["started_at"])
+        runs = [[datetime.datetime.fromisoformat(run[name]) for name in ("started_at", "ended_at")]
+                for run in read_records(folder / "runs.jsonl")[0]]
+    whole, training = seconds_between(began, ended), sum(seconds_between(*run) for run in runs)
+    return {"until the trainer begins": seconds_between(began, trainer),
+            "until the first run begins": seconds_between(began, runs[0][0]),
+            "after the last run": seconds_between(runs[-1][1], ended), "not training": whole - training}
+
+
+def measure_start(rounds):
+    "Median seconds of tiny batches of each study."
+    found = {}
+    for study in TINY:
+        with kernels_of(study) as (kernels, _):
+            ways = {"forked": lambda study=study, kernels=kernels: timed_batch(study, kernels.for_batch(study, {})),
+                    "ordinary": lambda study=study: timed_batch(study, None)}
+            found[study] = take_turns(ways, rounds)
+    return found
 
 
 def rounded(value):
@@ -322,19 +401,21 @@ def rounded(value):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=("all", "plan", "batch", "kernel"), default="all",
+    parser.add_argument("what", nargs="*", default=["all"], metavar="plan|batch|kernel|start",
                         help="what to measure (default: all)")
     parser.add_argument("--cells", type=int, nargs="+", default=[100, 1000, 10000],
                         help="sizes of the sweeps; the largest is that of the full folders of `batch`")
     parser.add_argument("--batches", type=int, default=15, help="batches by each side (batch)")
-    parser.add_argument("--rounds", type=int, default=7, help="kernels (kernel)")
+    parser.add_argument("--rounds", type=int, default=7, help="notebooks by each way (kernel, start)")
     given = parser.parse_args()
     parts = {
         "plan": lambda: measure_planning(given.cells),
         "batch": lambda: measure_share(given.batches, max(given.cells)),
         "kernel": lambda: measure_kernel(given.rounds),
+        "start": lambda: measure_start(given.rounds),
     }
-    found = {name: measure() for name, measure in parts.items() if given.what in ("all", name)}
+    if unknown := set(given.what) - {"all", *parts}: parser.error(f"not known: {', '.join(unknown)}")
+    found = {name: measure() for name, measure in parts.items() if {"all", name} & set(given.what)}
     print(json.dumps(rounded(found), indent=1))
 
 

@@ -1,10 +1,10 @@
 """Kill the processes of small sweeps at random moments, and see that nothing is lost and nothing is run twice.
 
-A round starts a sweep in a folder of its own, kills its driver, its worker or its notebook kernel (or two of them)
-once or several times, and runs the sweep again to its end, in some rounds from two drivers at once. In some the kernel
-is stopped before, and wakes up when all is over. Then every planned cell has exactly one completed record, every line
-that was on the disk when something was killed is there unchanged, no lease and no device is held, and no process is
-left.
+A round starts a sweep in a folder of its own, kills its driver, its worker, its notebook kernel (or two of them) or the
+process that forks kernels, once or several times, and runs the sweep again to its end, in some rounds from two drivers
+at once. In some the kernel is stopped before, and wakes up when all is over. Then every planned cell has exactly one
+completed record, every line that was on the disk when something was killed is there unchanged, no lease and no device
+is held, and no process is left.
 
     python tests/faults.py --rounds 50
 """
@@ -46,7 +46,8 @@ def _train(settings, seeds):
         metrics = dict(accuracy=0.9, accuracy_plain=0.9, train_loss=1.0)
         yield Result(seed, "completed", 1 + seed / 100, metrics, {}, [1.0, seed], None)
 """
-TARGETS = [("driver",), ("kernel",), ("worker",), ("driver", "worker"), ("worker", "kernel"), ("driver", "kernel")]
+TARGETS = [("driver",), ("kernel",), ("worker",), ("driver", "worker"), ("worker", "kernel"), ("driver", "kernel"),
+           ("parent",)]
 FROZEN = [("worker",), ("driver", "worker")]  # killed while the kernel is stopped, so that it does not notice
 # a random time after the start; or what appears, and a random delay
 MOMENTS = ("time", "lease", "folder", "kernel", "provenance", "record", "record")
@@ -115,10 +116,12 @@ def processes(folder):
 
 
 ROLES = {"worker": "speedrun_nb.sweep.worker", "kernel": "ipykernel_launcher", "driver": "speedrun sweep"}
+FORKS = {"batch-kernel": "kernel", "forks-batches": "parent"}  # have one command line, and a name of their own
 
 
 def _role(process):
     words = " ".join(process.cmdline())
+    if "serve_forks" in words: return FORKS.get(process.name(), "other")
     return next((role for role, word in ROLES.items() if word in words), "other")
 
 

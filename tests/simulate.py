@@ -1,11 +1,13 @@
 """Simulated runs: complete records, quickly made, for tests and lessons. Their provenance says so."""
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, UTC
 from pathlib import Path
 
 from speedrun_nb.core.records import Ready, Result, append_record, make_record, run_id, write_json
+from speedrun_nb.core.runs import RunRecord
 from speedrun_nb.core.study import Metric, Study, load_study
 from speedrun_nb.core.variants import Variant, resolve
 
@@ -186,3 +188,22 @@ def simulated_runs(
             result = result_of(known, typical, variant, seed, measure(known, typical, effect, noise))
             cell = cell_of(variant, sweep) | layout.turn(seed, place)
             add_run(Path(outputs) / study / profile / name, make_record(result, ready, cell, known.metrics))
+
+
+def planned_runs(
+    cells,                 # `speedrun_nb.sweep.state.Cells` of a sweep
+    plan: str | None,      # name of the plan that they are made under
+    draw: Callable,        # of a batch: for each of its seeds seconds and metrics
+    blocks: int | None = None,  # the first so many; None: all
+) -> None:
+    "The runs of a sweep as if they had been made, in memory only: a batch takes a minute."
+    for number, batch in enumerate(cells.batches):
+        if blocks is not None and batch.block >= blocks: continue
+        variant, started = batch.condition.variant, START + timedelta(minutes=number)
+        same = dict(
+            study=variant.study.name, profile=variant.profile, variant=variant.name, config=variant.flat,
+            config_hash=variant.config_hash, repeat=batch.repeat, batch=f"b{number}", sweep=plan, block=batch.block,
+            host_id="simulated", status="completed", started_at=started.isoformat(),
+            ended_at=(started + timedelta(seconds=50)).isoformat())
+        for (cell, seed), (seconds, metrics) in zip(batch.cells.items(), draw(batch), strict=True):
+            cells.done[cell] = RunRecord(cell, seed=seed, time_seconds=seconds, metrics=metrics, **same)

@@ -1,15 +1,18 @@
 "What the audit finds in runs and batches: planted mistakes, clean studies, degenerate input, and published runs."
 import json
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import stub_train
+from examples import runs_of
 
 from speedrun_nb.audit.agreement import agreements, beyond_chance
-from speedrun_nb.audit.audit import run_checks
+from speedrun_nb.audit.audit import audit, compare, run_checks
 from speedrun_nb.audit.claimed_settings import check_same_settings, check_settings_differ
 from speedrun_nb.audit.copies import check_copied_runs, check_same_computation
 from speedrun_nb.audit.counted import counted
@@ -18,41 +21,24 @@ from speedrun_nb.audit.outliers import check_warmup_outlier
 from speedrun_nb.audit.runs import check_missing_runs
 from speedrun_nb.audit.seeds import check_inert_seed, check_repeated_seed
 from speedrun_nb.audit.steps import check_step_time_jump, interval_times
-from speedrun_nb.core.provenance import read_provenance
+from speedrun_nb.core.batch import run_batch
+from speedrun_nb.core.parameters import plan_batch
+from speedrun_nb.core.provenance import read_provenance, read_provenances
 from speedrun_nb.core.runs import read_runs
 from speedrun_nb.core.study import load_study
+from speedrun_nb.core.withdraw import withdraw
 from speedrun_nb.evidence.case import make_case
 from speedrun_nb.importing.import_ import import_runs
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import audit_plans
+from audit_plans import planned_study
 
 DATA = os.environ.get("SPEEDRUN_DATA")
 STUDY = load_study("cifar")
 
 
 pytestmark = pytest.mark.usefixtures("no_warnings")
-
-
-def runs_of(variant, n, rng, batch="b0", time=4.4, cv=0.01, step=1e-4, **columns):
-    "Clean runs, one a seed, with different fingerprints."
-    names = [f"{variant}-{batch}-{i}" for i in range(n)]
-    started = [f"2026-01-01T{i // 60 % 24:02d}:{i % 60:02d}:00+00:00" for i in range(n)]
-    rows = pd.DataFrame(dict(
-        run_id=names,
-        study="cifar",
-        profile="full",
-        variant=variant,
-        config_hash=f"hash-{variant}",
-        seed=range(n),
-        repeat=0,
-        batch=batch,
-        order=range(n),
-        status="completed",
-        host_id="host",
-        started_at=started,
-        time_seconds=rng.normal(time, cv * time, n),
-        accuracy=(rng.normal(0.94, 0.0012, n) / step).round() * step,
-        fingerprint=names,
-    ))
-    return rows.assign(config=[{"data.split": "validation"}] * n).assign(**columns)
 
 
 def case_of(*frames, provenances=None):
@@ -73,7 +59,7 @@ def found(case):
 
 def test_every_planted_mistake_is_found_and_nothing_else():
     rng = np.random.default_rng(0)
-    base, other = runs_of("baseline", 60, rng), runs_of("det_crop", 60, rng, time=4.3)
+    base, other = runs_of("baseline", 60, rng=rng), runs_of("det_crop", 60, rng=rng, time=4.3)
     assert found(case_of(base, other)) == set()
 
     new_times = rng.normal(4.4, 0.04, 60)
@@ -94,7 +80,7 @@ def test_every_planted_mistake_is_found_and_nothing_else():
     cold = other.assign(time_seconds=other["time_seconds"].where(other["order"] > 0, 12.0))
     assert found(case_of(base, cold)) == {("warmup-outlier", "serious", ("det_crop",))}
     slow = other.assign(time_seconds=other["time_seconds"].where(other["order"] != 33, 6.0))
-    assert found(case_of(base, slow)) == {("outliers", "note", ("det_crop",))}
+    assert found(case_of(base, slow)) == {("outliers", "warning", ("det_crop",))}  # without it 1 % is shown
 
     jump = [dict(epoch=list(range(10)), time_seconds=np.cumsum([0.4] * 5 + [0.6] * 5).tolist())] * 60
     assert found(case_of(base, other.assign(curve=jump))) == {("step-time-jump", "serious", ("det_crop",))}
@@ -113,10 +99,10 @@ def test_every_planted_mistake_is_found_and_nothing_else():
     assert found(case_of(base.assign(**fine), other.assign(**fine))) == set()
     resumed = other.assign(resumed_at=[None, 600] * 30)
     assert found(case_of(base, resumed)) == {("resumed-runs", "warning", ("det_crop",))}
-    dirty = {"cifar/full/det_crop/b0": dict(git=dict(commit="ab" * 20, dirty=True))}
+    dirty = {"cifar/demo/det_crop/b0": dict(git=dict(commit="ab" * 20, dirty=True))}
     assert found(case_of(base, other, provenances=dirty)) == {("uncommitted-code", "warning", ("det_crop",))}
     official = [{"data.split": "official"}] * 20
-    tested = [runs_of(name, 20, rng, config=official) for name in ("baseline", "a", "b", "c")]
+    tested = [runs_of(name, 20, rng=rng, config=official) for name in ("baseline", "a", "b", "c")]
     assert {(i, s) for i, s, _ in found(case_of(*tested))} == {("tuned-on-test", "warning")}
 
 
@@ -125,8 +111,8 @@ def test_one_copied_batch_among_many_is_found():
     rng = np.random.default_rng(1)
     accuracy = [rng.normal(0.94, 0.0012, 100).round(4) for _ in range(20)]
     accuracy[7], accuracy[12] = accuracy[3], accuracy[3]
-    frames = [runs_of(f"v{i:02d}", 100, rng, accuracy=a, fingerprint=None) for i, a in enumerate(accuracy)]
-    frames.append(runs_of("v03", 5, rng, batch="b1", accuracy=accuracy[3][:5], fingerprint=None))
+    frames = [runs_of(f"v{i:02d}", 100, rng=rng, accuracy=a, fingerprint=None) for i, a in enumerate(accuracy)]
+    frames.append(runs_of("v03", 5, rng=rng, batch="b1", accuracy=accuracy[3][:5], fingerprint=None))
     same = ("same-computation", "serious", ("v03", "v07", "v12"))
     copied = {("copied-runs", "warning", ("v03",)), ("repeated-seed", "warning", ("v03",))}
     assert found(case_of(*frames)) == {same} | copied
@@ -134,7 +120,7 @@ def test_one_copied_batch_among_many_is_found():
 
 def gpt_runs(variant, losses, prints, **config):
     "Runs of the other study, which has settings that say how rather than what."
-    rows = runs_of(variant, len(losses), np.random.default_rng(0), fingerprint=prints).drop(columns="accuracy")
+    rows = runs_of(variant, len(losses), rng=np.random.default_rng(0), fingerprint=prints).drop(columns="accuracy")
     settings = {"optimizer.sharded": False, "train.loss_chunk": None, "model.layers": 12} | config
     return rows.assign(study="gpt", profile="elsewhere", val_loss=losses, config=[settings] * len(losses))
 
@@ -169,10 +155,10 @@ def test_equal_results_within_a_group_are_copies_whatever_the_implementation():
 
 def test_copies_are_told_from_files_copied():
     rng = np.random.default_rng(2)
-    rows = runs_of("baseline", 100, rng, fingerprint=None)
+    rows = runs_of("baseline", 100, rng=rng, fingerprint=None)
     file = rows.assign(batch="b1", run_id=rows["run_id"] + "-copy", seed=range(500, 600))
     [f] = check_copied_runs(case_of(rows, file))
-    assert f.metric is None and f.figures["same_times"] == 100 and "records were copied" in f.message
+    assert f.metric is None and f.figures["times"] == "equal" and "records were copied" in f.message
     [f] = check_copied_runs(case_of(rows, file.assign(time_seconds=rng.normal(4.4, 0.04, 100))))
     assert f.metric == "accuracy" and f.figures["pairs"][0]["equal"] == 100
     assert not f.undermines("time_seconds") and f.undermines("accuracy")
@@ -193,7 +179,7 @@ def test_results_that_coincide_by_chance_are_no_copies(step, correlation):
     for n in [5, 10, 20, 50, 200] * 2:
         shared = rng.normal(0, 0.0012, n)
         places = [(variant, host) for variant in ("baseline", "a", "b") for host in ("north", "south")]
-        frames = [runs_of(variant, n, rng, batch=host, host_id=host, fingerprint=None) for variant, host in places]
+        frames = [runs_of(variant, n, rng=rng, batch=host, host_id=host, fingerprint=None) for variant, host in places]
         case = case_of(*(frame.assign(accuracy=related_to(shared)) for frame in frames))
         assert check_copied_runs(case) == check_same_computation(case) == check_inert_seed(case) == []
 
@@ -201,6 +187,110 @@ def test_results_that_coincide_by_chance_are_no_copies(step, correlation):
 def test_published_coincidences_are_chance():
     assert not beyond_chance(10, 200, 0.0241) and not beyond_chance(26, 1000, 0.0227)
     assert beyond_chance(100, 100, 0.03, looks=325) and beyond_chance(5, 5, 0.026, looks=100)
+
+
+# ---------------------------------------------------------------- mistakes of graded strength
+
+@pytest.mark.parametrize("injection", audit_plans.REGISTRY, ids=audit_plans.OURS)
+def test_a_mistake_is_found_and_as_serious_as_it_is_large(injection):
+    for strength in injection.strengths:
+        severity = audit_plans.severity_of(injection.make(planned_study(3), strength, 3), injection.check)
+        assert severity or strength < injection.warns_from
+        if strength >= (injection.serious_from or 2): assert severity == "serious"
+        if strength < injection.warns_from or injection.serious_from is None: assert severity != "serious"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_studies_that_were_carried_out_as_planned_have_none_of_them(seed):
+    assert audit_plans.false_alarms(seed) == []
+
+
+def batch(outputs, name, seeds="0:4", variant="baseline", trainer=stub_train):
+    return run_batch(plan_batch("cifar", variant, seeds, "demo", outputs=str(outputs), batch=name), trainer)
+
+
+def missing(outputs):
+    "The findings on missing runs as a user gets them."
+    frame, _ = read_runs(outputs)
+    return [f for f in audit(frame, STUDY, provenances=read_provenances(outputs)) if f.id == "missing-runs"]
+
+
+def test_lines_that_were_deleted_from_our_own_batches_are_noticed(tmp_path):
+    for variant in ("baseline", "det_crop"): done = batch(tmp_path, "b1", variant=variant)
+    batch(tmp_path, "b2", "4:6", "det_crop")
+    path = done.folder / "runs.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    assert missing(tmp_path) == []
+    for left, deleted in ((lines[1:], 1), ([], 4)):
+        path.write_text("".join(left))
+        [f] = missing(tmp_path)
+        assert (f.severity, f.groups, f.figures["deleted"]) == ("serious", ("det_crop",), deleted)
+        assert f.undermines("time_seconds")
+    path.unlink()
+    assert missing(tmp_path)[0].figures["deleted"] == 4
+    (tmp_path / "cifar/demo/det_crop/b2/runs.jsonl").unlink()  # and now nothing is left of the variant
+    [f] = missing(tmp_path)
+    assert f.severity == "warning" and f.figures["deleted"] == 6 and "det_crop" in f.message
+    (tmp_path / "cifar/demo/baseline/b1/runs.jsonl").unlink()
+    assert {f.figures["variant"] for f in missing(tmp_path)} == {"baseline", "det_crop"}
+
+
+def test_runs_that_were_interrupted_are_made_or_withdrawn(tmp_path):
+    def interrupted(settings, seeds):
+        yield from list(stub_train(settings, seeds))[:3]
+        raise KeyboardInterrupt
+
+    for variant in ("baseline", "det_crop"): batch(tmp_path, "first", variant=variant)
+    with pytest.raises(KeyboardInterrupt): batch(tmp_path, "stopped", "4:9", trainer=interrupted)
+    [f] = missing(tmp_path)
+    assert (f.severity, f.figures["stopped"]) == ("warning", 3) and "speedrun withdraw" in f.remedy
+    batch(tmp_path, "resumed", "6:8")
+    assert missing(tmp_path)[0].figures["stopped"] == 1
+    withdraw(tmp_path, "stopped", "the machine was needed")
+    [f] = missing(tmp_path)
+    assert (f.severity, f.figures["withdrawn"]) == ("note", 1) and "the machine was needed." in f.message
+    path = tmp_path / "cifar/demo/baseline/stopped/runs.jsonl"
+    path.write_text(path.read_text().splitlines(keepends=True)[0])  # a reason excuses no deleted line
+    assert missing(tmp_path)[0].severity == "serious"
+    batch(tmp_path, "again", "4:9")
+    assert missing(tmp_path)[0].figures["deleted"] == 1 and missing(tmp_path)[0].figures["withdrawn"] == 0
+
+
+def test_conditions_hide_nothing_that_is_missing():
+    made = audit_plans.stop_early(planned_study(1), 0.5, 1)
+    given = dict(provenances=made.provenances, plans=made.plans)
+    found = compare(made.runs, STUDY, "baseline", "det_crop", **given)
+    by_block = compare(made.runs, STUDY, "baseline", "det_crop", conditions=dict(block="3"), **given)
+    whole = planned_study(1)
+    part = compare(whole.runs, STUDY, "baseline", "det_crop", conditions=dict(block="3"), plans=whole.plans,
+                   provenances=whole.provenances)
+    assert "plan-unfinished" in {f.id for f in found.findings} & {f.id for f in by_block.findings}
+    assert not {f.id for f in part.findings} & {"plan-unfinished", "missing-runs", "planned-variant-missing"}
+    assert found.verdict.outcome in ("untrustworthy", "undecided")
+
+
+def test_a_copy_among_forty_is_a_copy_and_not_a_seed_without_effect():
+    rng = np.random.default_rng(9)
+    base = runs_of("baseline", 40, rng=rng)
+    near = (base["time_seconds"] - base["time_seconds"].mean()).abs().argsort().iloc[:1]
+    copy = base.iloc[near].assign(run_id="copy", seed=40, order=40)
+    copy["time_seconds"] *= 1.001
+    assert found(case_of(base, copy)) == {("copied-runs", "warning", ("baseline",))}
+    many = base.head(12).assign(run_id=[f"c{i}" for i in range(12)], seed=range(40, 52), order=range(40, 52))
+    assert found(case_of(base, many)) == {("copied-runs", "serious", ("baseline",))}
+    twenty = base.assign(fingerprint=["same"] * 20 + [f"p{i}" for i in range(20)])
+    assert found(case_of(twenty)) == {("inert-seed", "serious", ("baseline",))}
+
+
+def test_copies_without_fingerprints_and_curves_are_seen_by_their_jittered_times():
+    rng = np.random.default_rng(10)
+    base = runs_of("baseline", 60, rng=rng, fingerprint=None)
+    noise = rng.normal(1, 1e-4, 15)
+    copies = base.tail(15).assign(run_id=[f"c{i}" for i in range(15)], seed=range(60, 75), order=range(60, 75))
+    [f] = check_copied_runs(case_of(base, copies.assign(time_seconds=copies["time_seconds"] * noise)))
+    assert f.severity == "serious" and f.metric is None and 13 <= f.figures["copies"] <= 17
+    assert "copied and changed" in f.message
+    assert check_copied_runs(case_of(base, copies.assign(time_seconds=rng.normal(4.4, 0.04, 15)))) == []
 
 
 # ---------------------------------------------------------------- clean studies
@@ -234,7 +324,7 @@ def clean_study(rng):
             accuracy=((0.94 + shared + rng.normal(0, 0.001, n)) / step).round() * step,
             curve=[curve_of(rng, seconds, noise, cv) for seconds in times],
         )
-        rows = runs_of(f"v{v}" if v else "baseline", n, rng, batch=f"h{h}", **columns | prints)
+        rows = runs_of(f"v{v}" if v else "baseline", n, rng=rng, batch=f"h{h}", **columns | prints)
         frames.append(rows.assign(batch=rows["batch"] + (rows["seed"] // 4).astype(str)) if blocks else rows)
     return case_of(*frames)
 
@@ -250,7 +340,7 @@ def test_clean_normal_times_have_no_outliers():
     rng = np.random.default_rng(5)
     alarms = 0
     for n in [8, 20, 100, 1000] * 6:
-        case = case_of(runs_of("baseline", n, rng), runs_of("det_crop", n, rng, step=1e-3))
+        case = case_of(runs_of("baseline", n, rng=rng), runs_of("det_crop", n, rng=rng, step=1e-3))
         alarms += len(run_checks("case", case))
     assert alarms <= 1  # of 48 groups in two metrics
 
@@ -259,7 +349,7 @@ def test_clean_normal_times_have_no_outliers():
 
 def bare(**columns):
     "Records with next to nothing in them."
-    names = dict(run_id=["a", "b"], study="cifar", profile="full", variant="baseline", config_hash="h", batch="b")
+    names = dict(run_id=["a", "b"], study="cifar", profile="demo", variant="baseline", config_hash="h", batch="b")
     nothing = dict(config=[None, None], seed=None, repeat=0, status="completed", started_at=None)
     return pd.DataFrame(names | nothing | columns)
 
@@ -293,7 +383,7 @@ def bare(**columns):
 @pytest.mark.parametrize("runs", [1, 2])
 def test_degenerate_records_are_audited(columns, runs):
     found(make_case(bare(**columns).head(runs), STUDY))
-    odd, without_metrics = {"cifar/full/baseline/b": {}, "odd": {"seeds": [1]}}, replace(STUDY, target=None, metrics={})
+    odd, without_metrics = {"cifar/demo/baseline/b": {}, "odd": {"seeds": [1]}}, replace(STUDY, target=None, metrics={})
     found(make_case(bare(**columns).head(runs), without_metrics, provenances=odd))
 
 
@@ -307,7 +397,7 @@ def test_degenerate_records_are_audited(columns, runs):
     dict(expected_runs=None, seeds=[], config=None),
 ])
 def test_provenance_may_lack_anything(provenance):
-    found(make_case(bare(), STUDY, provenances={"cifar/full/baseline/b": provenance}))
+    found(make_case(bare(), STUDY, provenances={"cifar/demo/baseline/b": provenance}))
 
 
 def test_no_groups_at_all():
@@ -317,7 +407,7 @@ def test_no_groups_at_all():
 
 def test_equal_times_are_no_outliers_and_no_copies():
     rng = np.random.default_rng(6)
-    base, other = (runs_of(name, 20, rng, time_seconds=t) for name, t in (("baseline", 4.4), ("det_crop", 4.3)))
+    base, other = (runs_of(name, 20, rng=rng, time_seconds=t) for name, t in (("baseline", 4.4), ("det_crop", 4.3)))
     assert found(case_of(base, other)) == set()
 
 
@@ -330,14 +420,14 @@ def test_curves_of_any_shape():
 def test_findings_for_records_read_back(tmp_path):
     "Runs of batches that were interrupted and taken up again are not missing."
     rng = np.random.default_rng(7)
-    rows = runs_of("baseline", 10, rng)
+    rows = runs_of("baseline", 10, rng=rng)
     interrupted = dict(status="interrupted", seeds=list(range(10)))
     taken_up = dict(status="completed", seeds=[6, 7, 8, 9])
-    provenances = {"cifar/full/baseline/b0": interrupted, "cifar/full/baseline/b1": taken_up}
+    provenances = {"cifar/demo/baseline/b0": interrupted, "cifar/demo/baseline/b1": taken_up}
     rows.loc[rows["seed"] > 5, "batch"] = "b1"
     assert check_missing_runs(case_of(rows, provenances=provenances)) == []
     [f] = check_missing_runs(case_of(rows[rows["seed"] < 9], provenances=provenances))
-    assert f.figures["not_recorded"] == 1 and f.severity == "warning"
+    assert f.figures["deleted"] == 1 and f.severity == "serious"  # the batch that took it up ended well
 
 
 # ---------------------------------------------------------------- published runs
@@ -374,19 +464,20 @@ def test_control_that_never_ran(published):
 def test_same_seeds_on_two_machines_are_related_but_no_copies(published):
     case = published["cifar"]
     assert check_copied_runs(case) == [] and len(check_same_computation(case)) == 1
-    notes = {f.groups[0]: f for f in check_repeated_seed(case)}
-    assert {f.severity for f in notes.values()} == {"note"} and set(notes) == {"baseline", "det_crop_backoff"}
-    assert notes["baseline"].figures["correlation"]["accuracy"] == pytest.approx(0.12, abs=0.005)
-    assert notes["det_crop_backoff"].figures["correlation"]["accuracy"] == pytest.approx(0.19, abs=0.005)
+    [note] = check_repeated_seed(case)
+    assert note.severity == "note" and note.groups == ("baseline", "det_crop_backoff")
+    correlations = [each["figures"]["correlation"]["accuracy"] for each in note.figures["cases"]]
+    assert correlations == pytest.approx([0.12, 0.19], abs=0.005)
 
 
 def test_first_runs_without_warm_up(published):
-    findings = {f.groups[0]: f for f in check_warmup_outlier(published["cifar"])}
+    [f] = check_warmup_outlier(published["cifar"])
     grid = {g.name for g in published["cifar"].groups if g.name.startswith("grid_")}
-    assert set(findings) == grid and len(grid) == 10 and {f.severity for f in findings.values()} == {"serious"}
-    f = findings["grid_tta0_ep9.0"]
-    assert round(f.figures["mean"], 3) == 4.317  # as published
-    assert round(f.figures["mean_without"], 3) == 3.600
+    assert set(f.groups) == grid and len(grid) == 10 and f.severity == "serious"
+    assert all(f.concerns([name, "another"]) for name in grid) and not f.concerns(["baseline", "another"])
+    figures = f.figures["each"]["grid_tta0_ep9.0"]
+    assert round(figures["mean"], 3) == 4.317  # as published
+    assert round(figures["mean_without"], 3) == 3.600
 
 
 def test_compiler_that_gave_up(published):

@@ -27,6 +27,7 @@ COMMANDS = [
     "sweep",
     "promote",
     "ledger",
+    "withdraw",
     "compare",
     "audit",
     "import",
@@ -97,6 +98,7 @@ def test_help_names_every_command(speedrun):
         ("sweep status", ["--json", "--outputs"]),
         ("promote", ["--json", "--outputs"]),
         ("ledger", ["--json", "--price", "--outputs"]),
+        ("withdraw", ["--why", "--json", "--outputs", "cannot be withdrawn"]),
         ("compare", ["--json", "--metric", "--where", "--profile", "--outputs"]),
         ("audit", ["--json", "--profile", "--outputs"]),
         ("import", ["--study", "--variant", "--host", "--map", "--outputs", "--json"]),
@@ -612,7 +614,8 @@ def asked(monkeypatch):
 
 def test_dry_run_alternates(speedrun, sweep_file, tmp_path, asked):
     done = speedrun("sweep", sweep_file, "--dry-run", "--outputs", tmp_path / "outputs")
-    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines_of(done.out, " demo ")]
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines_of(done.out, "│ demo ")]
+    assert "2 blocks of 2 runs a side: below 5 blocks every verdict is undecided" in done.out
     assert done.code == 0 and asked == [] and not (tmp_path / "outputs").exists()
     assert [sorted(row[2] for row in rows[i : i + 3]) for i in (0, 3)] == [
         ["baseline", "det_crop", "det_crop_backoff"]
@@ -735,3 +738,60 @@ def test_outside_of_a_checkout(speedrun, tmp_path, monkeypatch):
     monkeypatch.setattr(core_project, "_is_root", lambda folder: False)
     done = speedrun("variants")
     assert done.code == 1 and "is not inside a checkout of speedrun_nb" in done.err and "--root FOLDER" in done.err
+
+
+# runs that are given up
+
+@pytest.fixture
+def stopped(tmp_path):
+    "A batch of four seeds that was stopped after two runs, one of which failed."
+    def train(settings, seeds):
+        yield Ready("cpu", "fp32", 1, 0.1, {})
+        for seed, status in zip(seeds, ("completed", "failed"), strict=False):
+            yield Result(seed, status, 1.0, dict(accuracy=0.9, accuracy_plain=0.9, train_loss=1.0), {}, [1.0], None)
+        raise KeyboardInterrupt
+
+    plan = plan_batch("cifar", "det_crop", "0:4", "demo", outputs=str(tmp_path), batch="stopped")
+    with pytest.raises(KeyboardInterrupt): run_batch(plan, train)
+    return plan.folder
+
+
+def test_runs_that_are_given_up_are_told_of_everywhere(speedrun, stopped, tmp_path):
+    before = (stopped / "runs.jsonl").read_bytes()
+    done = speedrun("withdraw", "stopped", "--why", "the machine was needed", "--outputs", tmp_path)
+    assert done.code == 0 and "3 runs of batch cifar/demo/det_crop/stopped were withdrawn by" in done.out
+    assert (stopped / "runs.jsonl").read_bytes() == before  # nothing is deleted
+    decision = json.loads((stopped / "withdrawn.json").read_text())
+    assert decision["seeds"] == [1, 2, 3] and decision["by"] and decision["at"].startswith("20")
+    for command in ("runs", "ledger"):
+        done = speedrun(command, "--outputs", tmp_path)
+        assert done.code == 0 and "the machine was needed." in done.err
+        assert "stopped" in done.out or command == "ledger"
+    [finding] = [f for f in json.loads(speedrun("audit", "cifar", "--json", "--outputs", tmp_path).out)
+                 if f["id"] == "missing-runs"]
+    assert finding["severity"] == "note" and finding["figures"]["withdrawn"] == 3
+    again = speedrun("withdraw", "stopped", "--why", "another reason", "--outputs", tmp_path)
+    assert again.code == 1 and "was withdrawn on" in again.err
+
+
+@pytest.mark.parametrize("batch, why, expected", [
+    ("stoped", "no power", 'no batch "stoped"'),
+    ("../stopped", "no power", "no batch"),
+    ("stopped/../stopped", "no power", "no batch"),
+    ("stopped", " ", "--why is empty"),
+    ("stopped", "", "--why is empty"),
+])
+def test_what_cannot_be_withdrawn_is_refused(speedrun, stopped, tmp_path, batch, why, expected):
+    done = speedrun("withdraw", batch, "--why", why, "--outputs", tmp_path)
+    assert done.code == 1 and expected in done.err and not (stopped / "withdrawn.json").exists()
+    if batch == "stoped": assert 'Did you mean "stopped"?' in done.err
+
+
+def test_a_reason_must_be_given(speedrun, stopped, tmp_path):
+    assert speedrun("withdraw", "stopped", "--outputs", tmp_path).code == 2
+
+
+def test_batches_whose_runs_are_gone_are_audited(speedrun, stopped, tmp_path):
+    (stopped / "runs.jsonl").unlink()
+    done = speedrun("audit", "--outputs", tmp_path)
+    assert done.code == 0 and "Nothing is left of 4 runs of det_crop" in done.out

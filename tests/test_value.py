@@ -19,8 +19,8 @@ from speedrun_nb.evidence.basis import choose
 from speedrun_nb.evidence.groups import find_group
 from speedrun_nb.evidence.robust import robust, variance_components
 from speedrun_nb.evidence.target import lost_records, race_notes, race_rows, run_race
-from speedrun_nb.stats.variance import nested_components
 from speedrun_nb.stats.describe import plain
+from speedrun_nb.stats.variance import nested_components
 from speedrun_nb.stats.robust import centre_difference, centre_interval, robust_lines, superiority, trimmed_centre
 from speedrun_nb.stats.survival import (
     RunTimes,
@@ -150,8 +150,12 @@ def test_a_race_counts_what_diverged_and_what_failed():
     completed = new[new.status == "completed"]
     assert result.unit == "block" and result.variant.lost == lost > 2 and result.variant.arrived == len(completed)
     assert np.isclose(result.variant.cost, (completed.time_seconds.sum() + lost) / len(completed))
-    assert np.isclose(result.horizon, frame[frame.status == "completed"].time_seconds.max())
-    assert np.isclose(result.variant.restricted, (completed.time_seconds.sum() + lost * result.horizon) / len(new))
+    slowest = frame[frame.variant == "baseline"].time_seconds
+    assert np.isclose(result.horizon, np.quantile(slowest, 0.9, method="lower"))
+    timed = completed.time_seconds.clip(upper=result.horizon).sum()
+    assert np.isclose(result.variant.restricted, (timed + lost * result.horizon) / len(new))
+    odd = frame.assign(time_seconds=frame.time_seconds.where(frame.index != frame.index[0], 40.0))
+    assert raced(odd).horizon <= slowest.max()
     crashed = frame.assign(status=frame.status.replace("diverged", "failed"),
                            time_seconds=frame.time_seconds.where(frame.status == "completed"))
     assert np.isclose(raced(crashed).variant.cost, (completed.time_seconds.sum() + 7 * lost) / len(completed))

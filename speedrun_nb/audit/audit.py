@@ -7,12 +7,13 @@ __all__ = ['checks_given', 'run_checks', 'results_of', 'audit_case', 'audit', 'a
 
 # %% ../../nbs/audit/18_audit.ipynb #cell-02
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import pandas as pd
 
 from .findings import CHECKS, SEVERITIES, Check, Finding
+from .runs import check_missing_runs
 from ..core.plans import SweepPlan
 from ..core.study import Study, load_study
 from ..core.variants import claim_of, plain_hashes
@@ -24,8 +25,8 @@ from ..evidence.verdict import compare_in
 
 # %% ../../nbs/audit/18_audit.ipynb #cell-05
 _NOTEBOOKS = (
-    "copies", "claimed_settings", "seeds", "steps", "training", "runs", "outliers", "plans",
-    "machines", "software", "order", "sample",
+    "copies", "claimed_settings", "seeds", "steps", "slowdown", "training", "runs", "outliers", "plans", "kept",
+    "durations", "machines", "devices", "software", "workload", "batches", "order", "place", "sample",
     "results",
 )
 
@@ -74,7 +75,24 @@ def audit_case(case:Case)->list[Finding]:
     found.sort(key=lambda finding: SEVERITIES.index(finding.severity))
     return [replace(finding, study=case.study.name, profile=case.profile) for finding in found]
 
-# %% ../../nbs/audit/18_audit.ipynb #cell-14
+# %% ../../nbs/audit/18_audit.ipynb #cell-15
+def _emptied(
+    study:Study,
+    profile:str|None,              # all by default
+    there:Iterable[str],           # profiles that have runs
+    provenances:Mapping[str,dict],
+)->list[Finding]:
+    "What is missing from profiles without any run."
+    places = [path.split("/") for path in provenances]
+    profiles = sorted({place[1] for place in places if place[0] == study.name} - set(there))
+    found = []
+    for each in profiles:
+        if profile not in (None, each): continue
+        nothing = Case(study, each, pd.DataFrame(), groups=(), baseline=None, provenances=provenances, own=True)
+        found += [replace(finding, study=study.name, profile=each) for finding in check_missing_runs(nothing)]
+    return found
+
+# %% ../../nbs/audit/18_audit.ipynb #cell-16
 def audit(
     frame:pd.DataFrame,                       # of `read_runs`
     study:Study,
@@ -82,11 +100,15 @@ def audit(
     provenances:Mapping[str,dict]|None=None,  # by "study/profile/variant/batch"
     plans:Mapping[str,SweepPlan]|None=None,   # of `read_plans`
 )->list[Finding]:
-    "Look at all runs of a study. Raises `SpeedrunError` where there are none."
-    profiles = [profile] if profile else sorted(set(frame.loc[frame["study"] == study.name, "profile"])) or [None]
-    return [finding for each in profiles for finding in audit_case(make_case(frame, study, each, provenances, plans))]
+    "Look at all runs of a study. Raises `SpeedrunError` where there are none, and nothing tells of any."
+    there = sorted(set(frame.loc[frame["study"] == study.name, "profile"]))
+    found = _emptied(study, profile, there, provenances or {})
+    profiles = [profile] if profile else there
+    if found: profiles = [each for each in profiles if each in there]
+    cases = [make_case(frame, study, each, provenances, plans) for each in profiles or ([] if found else [None])]
+    return [finding for case in cases for finding in audit_case(case)] + found
 
-# %% ../../nbs/audit/18_audit.ipynb #cell-23
+# %% ../../nbs/audit/18_audit.ipynb #cell-26
 def audit_pair(
     case:Case,
     baseline:Group,
@@ -95,7 +117,7 @@ def audit_pair(
     "What is wrong with the runs of two groups of a case, compared with each other."
     return run_checks("case", case) + run_checks("part", focus(case, baseline, (baseline, variant)))
 
-# %% ../../nbs/audit/18_audit.ipynb #cell-25
+# %% ../../nbs/audit/18_audit.ipynb #cell-28
 def compare(
     frame:pd.DataFrame,                       # of `read_runs`
     study:Study|str,                          # or its name
@@ -109,8 +131,8 @@ def compare(
 )->Comparison:
     "Compare two variants by name. Raises `SpeedrunError` naming what is there."
     study = load_study(study) if isinstance(study, str) else study
-    if conditions: provenances = {batch: {**p, "expected_runs": None} for batch, p in (provenances or {}).items()}
     case = make_case(filter_runs(frame, conditions or {}), study, profile, provenances, plans)
+    if conditions: case = replace(case, unfiltered=make_case(frame, study, case.profile, provenances, plans))
     hashes = plain_hashes(study, case.profile, [name.partition("@")[0] for name in (baseline, variant)])
     groups = [find_group(case.rows, name, hashes) for name in (baseline, variant)]
     findings = audit_pair(case, *(named_group(case, group) for group in groups))

@@ -6,13 +6,12 @@
 __all__ = ['check_settings_differ', 'check_same_settings']
 
 # %% ../../nbs/audit/05_claimed_settings.ipynb #cell-02
-import re
 from collections.abc import Iterator, Mapping
 
 import pandas as pd
 
-from .counted import rows_of
-from .findings import Finding, check, find, origins
+from .counted import are_replications, rows_of
+from .findings import Finding, check, find, gathered, origins
 from ..core.words import count, listed
 from ..evidence.case import Case
 from ..evidence.groups import Group
@@ -82,17 +81,16 @@ def _inconsistent(
 
 # %% ../../nbs/audit/05_claimed_settings.ipynb #cell-12
 @check("settings-differ", "the settings in effect are not those claimed")
-def check_settings_differ(case:Case)->Iterator[Finding]:
+def check_settings_differ(case:Case)->list[Finding]:
     "Logs that contradict configurations, and records that contradict their batch; always serious."
+    contradicted, inconsistent = [], []
     for group, rows in zip(case.groups, rows_of(case), strict=True):
         found = origins(case, group, rows)
-        yield from _contradicted(case, group, found)
-        yield from _inconsistent(group, found)
+        contradicted += _contradicted(case, group, found)
+        inconsistent += _inconsistent(group, found)
+    return gathered(contradicted) + gathered(inconsistent)
 
 # %% ../../nbs/audit/05_claimed_settings.ipynb #cell-16
-_KINDS = "instance|host|machine|node|pod|gpu|batch|run|rep|repeat|replicate|seed"
-_NUMBERING = re.compile(rf"[_.-]?({_KINDS})?[_.-]?\d+", re.I)
-
 def _code(group:Group)->str|None:
     "The script or module that ran, where settings name it."
     config = group.config if isinstance(group.config, Mapping) else {}
@@ -120,7 +118,7 @@ def _same_settings(
     found:list[dict],    # of each: batch -> provenance
 )->Finding:
     imported, code, other_code = _is_imported(case, found), _code(groups[0]), _at_other_commits(found)
-    replications = len({_NUMBERING.sub("", group.variant) for group in groups}) == 1
+    replications = are_replications(group.variant for group in groups)
     severity, about, commits = "serious", "", ", at different commits" if other_code else ""
     if code: about = f", and the same code ({code}{commits})"
     if imported and other_code: severity = "warning"

@@ -25,24 +25,33 @@ TRACES = ("gpus", "cpu", "os")  # of a machine that has no name
 
 def mapping_or_empty(value)->Mapping: return value if isinstance(value, Mapping) else {}
 
+def _together(gpus:list[Mapping], *names:str)->str:
+    "What all GPUs of a machine say of themselves, in words."
+    told = {tuple(str(gpu[name]) for name in names if gpu.get(name)) for gpu in gpus}
+    return ", ".join(sorted(" and ".join(each) for each in told if each))
+
 def _processors(provenance:Mapping)->dict[str, str]:
-    "GPUs and their drivers, in words."
-    names, drivers = Counter(), set()
-    for gpu in provenance.get("gpus") or ():
-        told = gpu if isinstance(gpu, Mapping) else {"name": gpu}
-        if told.get("name"): names[told["name"]] += 1
-        if told.get("driver_version"): drivers.add(str(told["driver_version"]))
+    "GPUs, their drivers, clocks and limits, in words."
+    gpus = [gpu if isinstance(gpu, Mapping) else {"name": gpu} for gpu in provenance.get("gpus") or ()]
+    names = Counter(str(gpu["name"]) for gpu in gpus if gpu.get("name"))
     each = [f"{n} x {name}" for name, n in sorted(names.items())]
-    return dict(driver=", ".join(sorted(drivers)), gpus=", ".join(each))
+    clocks = _together(gpus, "clocks.max.sm", "clocks.max.memory")
+    limits = dict(driver=_together(gpus, "driver_version"), clocks=clocks, power=_together(gpus, "power.limit"))
+    return limits | dict(gpus=", ".join(each))
 
 # %% ../../nbs/audit/12_conditions.ipynb #cell-07
+_OF_MACHINE = ("cuda", "cudnn", "python", "os", "cpu", "cpu_count", "memory_bytes", "boot_id")
+_OWN_COLUMN = ("torch", "triton", "numpy")     # packages that compute
+_NO_COLUMN = (*_OWN_COLUMN, "speedrun_nb")     # whose code is known by its hash
+
 def batch_facts(
     provenance:Mapping,  # provenance.json of a batch; anything in it may be absent
 )->dict:                 # what is known: name -> value
-    "What a batch ran on and with, flat."
+    "What a batch ran on and with, flat; packages other than those that compute are named `package ...`."
     git, packages, data = (mapping_or_empty(provenance.get(name)) for name in ("git", "packages", "data"))
-    facts = {name: provenance.get(name) for name in (*RECORDED, "cuda", "python", "os", "cpu")}
-    facts |= dict(commit=git.get("commit"), torch=packages.get("torch"), numpy=packages.get("numpy"))
+    facts = {name: provenance.get(name) for name in (*RECORDED, *_OF_MACHINE)}
+    facts |= dict(commit=git.get("commit")) | {name: packages.get(name) for name in _OWN_COLUMN}
+    facts |= {f"package {name}": version for name, version in packages.items() if name not in _NO_COLUMN}
     facts |= _processors(provenance)
     facts |= {f"data file {name}": digest for name, digest in data.items()}
     return {name: value for name, value in facts.items() if value not in (None, "")}
@@ -93,7 +102,8 @@ def _compilation(compiled:pd.Series)->pd.Series:
 
 def _recorded(case:Case)->pd.DataFrame:
     "What the records say, group after group."
-    columns = ["run_id", "variant", "batch", "order", *RECORDED, "compiled", *case.study.metrics]
+    place = ["run_id", "variant", "batch", "order", "sweep", "block", "ended_at", "resumed_at"]
+    columns = [*place, *RECORDED, "compiled", *case.study.metrics]
     groups = [group for group in case.groups if len(group.runs)]
     if not groups: return pd.DataFrame(columns=[*columns, "group", "compilation"])
     parts = [group.runs.reindex(columns=columns).astype(object).assign(group=group.name) for group in groups]
@@ -118,7 +128,8 @@ def _with_facts(
 def _when_and_where(table:pd.DataFrame)->pd.DataFrame:
     "The table with `when`, `guessed` and `place`."
     hosts = zip(*(table[name] for name in ("host_id", *TRACES)), strict=True)
-    table = table.assign(when=_seconds(table["started_at"]), guessed=False, place=[_place(*host) for host in hosts])
+    when, ended = (_seconds(table[name]) for name in ("started_at", "ended_at"))
+    table = table.assign(when=when, ended=ended, guessed=False, place=[_place(*host) for host in hosts])
     for _, rows in table.groupby("place"):
         if rows["when"].notna().any(): continue
         when, guessed = _positions(rows)
@@ -130,12 +141,12 @@ def _when_and_where(table:pd.DataFrame)->pd.DataFrame:
 @once
 def table_of(
     case:Case,
-)->pd.DataFrame:  # group, variant, run_id, batch, order, when (s), guessed, place, what it ran with, metrics
+)->pd.DataFrame:  # group, variant, run_id, batch, order, block, when, ended (s), guessed, place, conditions, metrics
     "The conditions of all counted runs; not to be changed."
     table = _recorded(case)
-    if table.empty: return table.assign(when=[], guessed=[], place=[])
+    if table.empty: return table.assign(when=[], ended=[], guessed=[], place=[])
     table = _with_facts(case, table)
-    for name in ("order", *case.study.metrics): table[name] = _finite(table[name])
+    for name in ("order", "block", "resumed_at", *case.study.metrics): table[name] = _finite(table[name])
     return _when_and_where(table).sort_values(["when", "order"], kind="stable", ignore_index=True)
 
 # %% ../../nbs/audit/12_conditions.ipynb #cell-25

@@ -11,81 +11,108 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from .agreement import Agreement, agreements
-from .counted import counted, label_of, qualities
-from .findings import Finding, check, find
+from .coincidence import equal_beyond_chance, nearly_copied, repeated_rows
+from .counted import are_replications, counted, inert_groups, label_of, qualities
+from .findings import Finding, check, find, gathered
 from ..core.settings import schema_fields
 from ..core.words import listed
 from ..evidence.case import Case
+from ..evidence.groups import Group
 
-# %% ../../nbs/audit/04_copies.ipynb #cell-05
-def _written_in_steps_of(values:np.ndarray)->float:
-    "The step in which numbers are written: 0.01 for hundredths; 1e-9 at the finest."
-    for digits in range(9):
-        if np.allclose(values, values.round(digits), rtol=0, atol=1e-10): return 10.0**-digits
-    return 1e-9
-
-def _coincidences(times:np.ndarray)->float:
-    "How many pairs of normal times are equal by chance."
-    n, sd = len(times), times.std()
-    if not sd: return np.inf
-    density = 1 / (2 * np.sqrt(np.pi) * sd)  # of the difference of two draws, at zero
-    return n * (n - 1) / 2 * _written_in_steps_of(times) * density
+# %% ../../nbs/audit/04_copies.ipynb #cell-06
+def _proved(case:Case)->pd.Series:
+    "Runs with the identity or the curve of an earlier run of their group; where seeds have no effect, of its seed."
+    table = counted(case)
+    inert = table["group"].isin(list(inert_groups(case)))
+    seeds = table["seed"].where(inert, -1)
+    def again(name): return table[name].notna() & table.assign(seeds=seeds).duplicated(["group", name, "seeds"])
+    return again("identity") | again("trace")
 
 # %% ../../nbs/audit/04_copies.ipynb #cell-07
-def _repeated_rows(
-    runs:pd.DataFrame,  # of one group
-    names:list[str],    # of quality metrics
-)->np.ndarray:
-    "Which runs of a group repeat both the time and the results of an earlier one; none where chance explains it."
-    times = runs["time_seconds"].to_numpy()
-    known = np.isfinite(times)
-    again = runs.duplicated(["time_seconds", *names]).to_numpy() & known
-    by_chance = stats.poisson.sf(again.sum() - 1, _coincidences(times[known]))
-    return again & bool(by_chance < 1e-6)
-
-# %% ../../nbs/audit/04_copies.ipynb #cell-09
 def _copies(
-    table:pd.DataFrame,      # of `counted`
+    case:Case,
     inside:list[Agreement],  # within groups
-    names:list[str],         # of quality metrics
-)->pd.DataFrame:             # proved: by identity; whole: with its time; vector: in a batch that agrees with another
+)->pd.DataFrame:             # proved: by identity; rows: with its time; equal: beyond chance; vector: as in a batch
     "Runs that repeat another of their group, and how we know."
-    known, timed = table["identity"].notna(), table["time_seconds"].notna()
-    proved = known & table.duplicated(["group", "identity", "seed"])
-    whole = timed & known & table.duplicated(["group", "identity", "time_seconds"])
-    found = pd.DataFrame(dict(proved=proved | whole, whole=whole, vector=False), index=table.index)
-    again = timed & table.duplicated(["group", "time_seconds", *names])
-    for number in set(table["group"][again]):
-        mine = table[table["group"] == number]
-        found.loc[mine.index, "whole"] |= _repeated_rows(mine, names)
-    for agreement in inside:
-        copies = agreement.rows[:, 1]
-        found.loc[copies, "vector"] = True
-        if agreement.same_times > agreement.equal / 2: found.loc[copies, "whole"] = True
+    table, names = counted(case), qualities(case)
+    found = pd.DataFrame(dict(proved=_proved(case), rows=False, equal=False, vector=False), index=table.index)
+    looks = table["group"].nunique()
+    suspects = table[table["group"].isin(table["group"][table.duplicated(["group", *names])])] if names else table
+    for _, mine in suspects.groupby("group"):
+        found.loc[mine.index, "rows"] = repeated_rows(mine, names)
+        found.loc[mine.index, "equal"] = equal_beyond_chance(mine, names, looks) | nearly_copied(mine, names, looks)
+    for agreement in inside: found.loc[agreement.rows[:, 1], "vector"] = True
     return found
 
-# %% ../../nbs/audit/04_copies.ipynb #cell-10
-_LARGE = 0.05  # a smaller share of copies changes no conclusion
+# %% ../../nbs/audit/04_copies.ipynb #cell-09
+_CLOSE = 0.1  # standard deviations
 
+def _times_apart(
+    runs:pd.DataFrame,   # of one group
+    copies:np.ndarray,   # which of them are copies
+    names:list[str],     # of quality metrics
+)->float:                # seconds, the median over copies; infinite where nothing is known
+    "How far the time of a copy is from that of the nearest run with the same results."
+    times, keys, apart = runs["time_seconds"].to_numpy(), np.zeros(len(runs)), []
+    if names: keys = runs.groupby(names, dropna=False).ngroup().to_numpy()
+    for place in np.flatnonzero(copies & np.isfinite(times)):
+        alike = (keys == keys[place]) & np.isfinite(times)
+        alike[place] = False
+        if alike.any(): apart.append(np.abs(times[alike] - times[place]).min())
+    return float(np.median(apart)) if apart else np.inf
+
+def _how_times(
+    runs:pd.DataFrame,  # of one group
+    copies:np.ndarray,
+    names:list[str],
+)->str:                 # equal, close or new
+    "What became of the times of copied runs."
+    apart, spread = _times_apart(runs, copies, names), runs["time_seconds"].std()
+    if apart == 0 and spread: return "equal"
+    return "close" if apart < _CLOSE * spread else "new"
+
+# %% ../../nbs/audit/04_copies.ipynb #cell-11
+_LARGE, _SHIFT = 0.2, 0.5
+
+def _moves(
+    runs:pd.DataFrame,   # of one group
+    copies:np.ndarray,   # which of them are copies
+    names:list[str],     # of metrics
+)->float:
+    "By how many standard errors a mean moves where copies are left out: the most of all metrics."
+    shifts = [0.0]
+    for name in names:
+        values, rest = runs[name].dropna(), runs[name][~copies].dropna()
+        error = rest.std() / np.sqrt(len(rest)) if len(rest) > 1 else 0.0
+        if error > 0: shifts.append(float(abs(values.mean() - rest.mean()) / error))
+    return max(shifts)
+
+# %% ../../nbs/audit/04_copies.ipynb #cell-12
 def _how_copied(
     case:Case,
     inside:list[Agreement],  # agreements within the group
-    proved:bool,             # are some runs proved to be the same?
+    copies:pd.DataFrame,     # see `_copies`
 )->str:
     "What shows that the runs of a group are copies."
-    if not inside: return ": the computation was the same to the last bit" if proved else " to the last digit"
+    metric = label_of(case, qualities(case)[0]) if qualities(case) else "result"
+    if not inside:
+        if copies["proved"].any(): return ": the computation was the same to the last bit"
+        return " to the last digit" if copies["rows"].any() else ", more often than chance explains"
     best = max(inside, key=lambda agreement: agreement.equal)
     first, second = best.batches
-    metric = label_of(case, qualities(case)[0])
     equal = f"{best.equal} of {best.of} runs, where chance gives {best.expected:.1f}"
     return f": batches {first} and {second} hold the same {metric} in {equal}"
 
-# %% ../../nbs/audit/04_copies.ipynb #cell-12
+_WHAT_TIMES_SAY = dict(
+    equal="Their times are equal too: records were copied.",
+    close="Their times are the same but for a little noise: records were copied and changed.",
+    new="Only their times are new.")
+
+# %% ../../nbs/audit/04_copies.ipynb #cell-14
 def _copied(
     case:Case,
     number:int,              # of the group
@@ -93,33 +120,38 @@ def _copied(
     inside:list[Agreement],  # agreements within the group
 )->Finding:
     "The finding on one group, of which these runs are copies."
-    n, of, whole = len(copies), len(case.groups[number].runs), int(copies["whole"].sum())
-    name, records = case.groups[number].name, whole > n / 2
-    how = _how_copied(case, inside, proved=copies["proved"].any())
-    times = "Their times are equal too: records were copied." if records else "Only their times are new."
+    table, names = counted(case), qualities(case)
+    runs = table[table["group"] == number]
+    which = runs.index.isin(copies.index)
+    n, of, times = int(which.sum()), len(runs), _how_times(runs, which, names)
+    moves = _moves(runs, which, names if times == "new" else ["time_seconds", *names])
+    repeat, others = ("repeats", "that of another") if n == 1 else ("repeat", "those of others")
     return find(
-        severity="serious" if n > _LARGE * of else "warning",
-        message=f"{n} of the {of} completed runs of {name} repeat the results of others{how}. {times}",
+        severity="serious" if n > _LARGE * of or moves > _SHIFT else "warning",
+        message=f"{n} of the {of} completed runs of {case.groups[number].name} {repeat} results that are {others}"
+                f"{_how_copied(case, inside, copies)}. {_WHAT_TIMES_SAY[times]}",
         remedy="Leave the copies out, or count each result once; replications need seeds of their own.",
-        groups=[name],
-        runs=counted(case)["run_id"][copies.index],
-        figures=dict(copies=n, runs=of, same_times=whole, pairs=[agreement.as_dict() for agreement in inside]),
-        metric=None if records else next(iter(qualities(case)), None),
+        groups=[case.groups[number].name],
+        runs=runs["run_id"][which],
+        figures=dict(copies=n, runs=of, times=times, moves=round(moves, 3),
+                     pairs=[agreement.as_dict() for agreement in inside]),
+        metric=next(iter(names), None) if times == "new" else None,
     )
 
-# %% ../../nbs/audit/04_copies.ipynb #cell-13
+# %% ../../nbs/audit/04_copies.ipynb #cell-15
 @check("copied-runs", "runs that claim to be replications of each other hold the same results")
-def check_copied_runs(case:Case)->Iterator[Finding]:
-    "Runs of one group that repeat the results of others; serious where they are more than 5 % of it."
-    table = counted(case)
+def check_copied_runs(case:Case)->list[Finding]:
+    "Serious where copies are more than 20 % of a group, or move a mean by half a standard error; else a warning."
+    table, found = counted(case), []
     inside = [agreement for agreement in agreements(case) if agreement.groups[0] == agreement.groups[1]]
-    copies = _copies(table, inside, qualities(case))
+    copies = _copies(case, inside)
     copies = copies[copies.any(axis=1)]
     for number, mine in copies.groupby(table["group"][copies.index]):
         own = [agreement for agreement in inside if agreement.groups[0] == number]
-        yield _copied(case, number, mine, own)
+        found.append(_copied(case, number, mine, own))
+    return gathered(found)
 
-# %% ../../nbs/audit/04_copies.ipynb #cell-18
+# %% ../../nbs/audit/04_copies.ipynb #cell-22
 def differ_in_how_only(
     case:Case,
     one:Mapping|None, other:Mapping|None,  # settings by dotted name
@@ -131,17 +163,20 @@ def differ_in_how_only(
     changed = {name for name in {*one, *other} if one.get(name) != other.get(name)}
     return bool(changed) and changed <= how
 
-# %% ../../nbs/audit/04_copies.ipynb #cell-19
+# %% ../../nbs/audit/04_copies.ipynb #cell-23
 def _shared(
     table:pd.DataFrame,
 )->dict:  # (group, group) -> (n, 2) rows
-    "For pairs of groups: rows whose identity the other group has too."
-    known = table[table["identity"].notna()].drop_duplicates(["group", "identity"]).reset_index()
-    pairs = known.merge(known, on="identity")
+    "For pairs of groups: rows whose identity or curve the other group has too."
+    found = []
+    for name in ("identity", "trace"):
+        known = table[table[name].notna()].drop_duplicates(["group", name])[["group", name]].reset_index()
+        found.append(known.merge(known, on=name).drop(columns=name))
+    pairs = pd.concat(found).drop_duplicates(["index_x", "index_y"])
     pairs = pairs[pairs["group_x"] < pairs["group_y"]]
     return {groups: rows[["index_x", "index_y"]].to_numpy() for groups, rows in pairs.groupby(["group_x", "group_y"])}
 
-# %% ../../nbs/audit/04_copies.ipynb #cell-21
+# %% ../../nbs/audit/04_copies.ipynb #cell-25
 def _between_groups(case:Case)->Iterator[tuple[tuple[int,int], np.ndarray, float]]:
     "Agreements between groups, the lower number first: groups, rows, how many chance gives."
     between = [agreement for agreement in agreements(case) if agreement.groups[0] != agreement.groups[1]]
@@ -152,7 +187,7 @@ def _between_groups(case:Case)->Iterator[tuple[tuple[int,int], np.ndarray, float
         rows = agreement.rows if first < second else agreement.rows[:, ::-1]
         yield (min(first, second), max(first, second)), rows, agreement.expected
 
-# %% ../../nbs/audit/04_copies.ipynb #cell-23
+# %% ../../nbs/audit/04_copies.ipynb #cell-27
 def _equal_groups(case:Case)->tuple[dict, dict]:
     "For pairs of groups that agree: their equal rows, and the number that chance gives."
     rows, expected = _shared(counted(case)), {}
@@ -164,7 +199,7 @@ def _equal_groups(case:Case)->tuple[dict, dict]:
         if differ_in_how_only(case, one, other): del rows[pair]
     return rows, expected
 
-# %% ../../nbs/audit/04_copies.ipynb #cell-24
+# %% ../../nbs/audit/04_copies.ipynb #cell-28
 def _connected(
     pairs:list[tuple[int,int]],
     n:int,                       # how many groups there are
@@ -175,7 +210,7 @@ def _connected(
     component = connected_components(graph, directed=False)[1]
     return [[pair for pair in pairs if component[pair[0]] == each] for each in sorted(set(component[left]))]
 
-# %% ../../nbs/audit/04_copies.ipynb #cell-26
+# %% ../../nbs/audit/04_copies.ipynb #cell-30
 @dataclass(frozen=True)
 class _Pair:
     "Two groups with equal results."
@@ -194,7 +229,7 @@ class _Pair:
         how = "to the last bit" if self.expected is None else f"where chance gives {self.expected:.1f}"
         return f"{' and '.join(self.names)} hold equal results in {self.equal} of {self.of} runs, {how}"
 
-# %% ../../nbs/audit/04_copies.ipynb #cell-28
+# %% ../../nbs/audit/04_copies.ipynb #cell-32
 def _pair(
     case:Case,
     numbers:tuple[int,int],  # of the groups
@@ -206,7 +241,25 @@ def _pair(
     equal = min(len(set(column)) for column in rows.T.tolist())
     return _Pair((left.name, right.name), equal, min(len(left.runs), len(right.runs)), expected)
 
-# %% ../../nbs/audit/04_copies.ipynb #cell-30
+# %% ../../nbs/audit/04_copies.ipynb #cell-34
+_HALF = 0.5  # of the runs
+
+def _what_it_means(
+    groups:list[Group],
+    best:_Pair,          # the pair that agrees best
+)->tuple[str, str]:      # the sentence, and a remedy
+    "Why groups hold equal results."
+    alike = all(group.config == groups[0].config for group in groups)
+    if alike and are_replications(group.variant for group in groups):
+        return ("They have one name but for a number: these are the same runs, counted more than once.",
+                "Count each result once; replications need seeds of their own.")
+    if best.share < _HALF:
+        return ("So few show no lack of effect: these records were copied from one to the other.",
+                "Find out whose records they are, and leave them out of the other group.")
+    return ("What should tell them apart had no effect, so comparing them shows nothing.",
+            "Find out why the settings that differ do not reach the computation, and run one of them again.")
+
+# %% ../../nbs/audit/04_copies.ipynb #cell-36
 def _same(
     case:Case,
     rows:dict,      # (group, group) -> their equal rows
@@ -214,19 +267,21 @@ def _same(
 )->Finding:
     pairs = [_pair(case, numbers, both, expected.get(numbers)) for numbers, both in rows.items()]
     best = max(pairs, key=lambda pair: (pair.share, pair.equal))
-    names = [case.groups[number].name for number in sorted(set().union(*rows))]
+    groups = [case.groups[number] for number in sorted(set().union(*rows))]
+    names = [group.name for group in groups]
     more = f" So do {listed(names, most=4)} among each other." if len(names) > 2 else ""
+    meaning, remedy = _what_it_means(groups, best)
     concerned = np.unique(np.concatenate(list(rows.values())))
     return find(
-        severity="serious" if best.share >= 0.5 else "warning",
-        message=f"{best.in_words()}. What should tell them apart had no effect, so comparing them shows nothing.{more}",
-        remedy="Find out why the settings that differ do not reach the computation, and run one of them again.",
+        severity="serious" if best.share >= _HALF else "warning",
+        message=f"{best.in_words()}. {meaning}{more}",
+        remedy=remedy,
         groups=names,
         runs=counted(case)["run_id"].iloc[concerned],
         figures=dict(pairs=[pair.as_dict() for pair in pairs]),
     )
 
-# %% ../../nbs/audit/04_copies.ipynb #cell-31
+# %% ../../nbs/audit/04_copies.ipynb #cell-37
 @check("same-computation", "a variant computes what another does")
 def check_same_computation(case:Case)->Iterator[Finding]:
     "Groups whose results are equal run by run; serious where they are in half of the runs or more."

@@ -127,80 +127,59 @@ def _unnamed(
         **on_groups([rows]),
     )
 
-# %% ../../nbs/audit/13_machines.ipynb #cell-22
-def _sides(
-    base:pd.DataFrame, rows:pd.DataFrame,
-)->list[tuple[str|None, pd.DataFrame, pd.DataFrame]]:  # name of the machine, runs of either side on it
-    "Runs that should come from one machine: of one name, or without names."
-    there, here = known(base["host_id"]), known(rows["host_id"])
-    if not there or not here: return [(None, base, rows)]
-    return [(host, base[base["host_id"] == host], rows[rows["host_id"] == host]) for host in sorted(there & here)]
-
 # %% ../../nbs/audit/13_machines.ipynb #cell-24
 def _by_traces(
     base:pd.DataFrame,  # of the baseline
     rows:pd.DataFrame,  # of a variant
 )->Finding|None:
-    "Baseline and variant have nothing in common in what their machines left, though no name or the same name says so."
-    for host, b, v in _sides(base, rows):
-        for trace in TRACES if host is None else ("gpus",):
-            there, here = sorted(known(b[trace])), sorted(known(v[trace]))
-            if not there or not here or set(there) & set(here): continue
-            which = f"said to be made on {host}" if host else "that do not name their machine"
-            return find(
-                severity="serious",
-                message=f"Runs {which} come from different ones: "
-                        f"{name_of(base)} from {listed(map(brief, there), most=4)}, "
-                        f"{name_of(rows)} from {listed(map(brief, here), most=4)}.",
-                remedy=NAME_THEM,
-                figures=dict(baseline=there, variant=here),
-                metric="time_seconds",
-                **on_groups([base, rows], only=pd.concat([b, v])),
-            )
+    "Baseline and variant do not name their machines, and have nothing in common in what these left."
+    if known(base["host_id"]) or known(rows["host_id"]): return None
+    for trace in TRACES:
+        there, here = sorted(known(base[trace])), sorted(known(rows[trace]))
+        if not there or not here or set(there) & set(here): continue
+        return find(
+            severity="serious",
+            message="Runs that do not name their machine come from different ones: "
+                    f"{name_of(base)} from {listed(map(brief, there), most=4)}, "
+                    f"{name_of(rows)} from {listed(map(brief, here), most=4)}.",
+            remedy=NAME_THEM,
+            figures=dict(baseline=there, variant=here),
+            metric="time_seconds",
+            **on_groups([base, rows]),
+        )
     return None
 
 # %% ../../nbs/audit/13_machines.ipynb #cell-25
-def _one_side_named(
-    base:pd.DataFrame,  # of the baseline
-    rows:pd.DataFrame,  # of a variant
-)->Finding|None:
-    "Only one side says on which machines it was made."
+def _named_side(base:pd.DataFrame, rows:pd.DataFrame)->tuple[str, str]|None:
+    "Which of two groups says where it was made, and where, if the other does not."
     there, here = known(base["host_id"]), known(rows["host_id"])
     if bool(there) == bool(here): return None
-    named, unnamed = (base, rows) if there else (rows, base)
-    hosts = sorted(there | here)
-    return find(
-        severity="serious" if len(hosts) > 1 else "warning",
-        message=f"Runs of {name_of(named)} were made on {listed(hosts, most=4)}; "
-                f"those of {name_of(unnamed)} do not say where.",
-        remedy=NAME_THEM,
-        figures=dict(hosts=hosts),
-        metric="time_seconds",
-        **on_groups([base, rows], only=unnamed),
-    )
+    return name_of(base if there else rows), listed(sorted(there | here), most=4)
 
-# %% ../../nbs/audit/13_machines.ipynb #cell-27
-def _machines_apart(
-    base:pd.DataFrame,  # of the baseline
-    rows:pd.DataFrame,  # of a variant
-)->Finding|None:
-    "The machines of the baseline and of the variant are different ones, or may be."
-    return _by_traces(base, rows) or _one_side_named(base, rows)
+def _one_side_named(pairs:list[tuple[pd.DataFrame, pd.DataFrame]])->list[Finding]:
+    "Only one side says on which machines it was made; one finding for all that lack it beside the same."
+    alike = {}
+    for base, rows in pairs:
+        side = _named_side(base, rows)
+        if side: alike.setdefault(side, []).append((base, rows))
+    return [_unnamed_beside(*side, lacking) for side, lacking in alike.items()]
 
-# %% ../../nbs/audit/13_machines.ipynb #cell-29
-def _one_name_for_several(rows:pd.DataFrame)->Finding|None:
-    "Runs of one group that are said to come from one machine had different processors."
-    found = {host: sorted(known(mine["gpus"])) for host, mine in rows.groupby("host_id")}
-    changed = {host: gpus for host, gpus in found.items() if len(gpus) > 1}
-    if not changed: return None
-    shown = listed(("; ".join(gpus) for gpus in changed.values()), most=4)
+# %% ../../nbs/audit/13_machines.ipynb #x
+def _unnamed_beside(
+    named:str,    # group that says where it was made
+    hosts:str,    # where that is, in words
+    lacking:list, # pairs of the baseline's runs and a variant's, one of which does not say so
+)->Finding:
+    unnamed = {name_of(side): side for pair in lacking for side in pair if name_of(side) != named}
+    several = any(side["host_id"].nunique() > 1 for pair in lacking for side in pair)
     return find(
-        severity="serious",
-        message=f"Runs of {name_of(rows)} that are said to come from one machine had different processors: {shown}.",
+        severity="serious" if several else "warning",
+        message=f"Runs of {named} were made on {hosts}; those of {listed(unnamed, most=4)} do not say where.",
         remedy=NAME_THEM,
-        figures=dict(hosts=changed),
+        figures=dict(hosts=sorted(set().union(*(known(side["host_id"]) for pair in lacking for side in pair)))),
         metric="time_seconds",
-        **on_groups([rows]),
+        cases=[(name_of(base), name_of(rows)) for base, rows in lacking],
+        runs=pd.concat([side["run_id"] for side in unnamed.values()]),
     )
 
 # %% ../../nbs/audit/13_machines.ipynb #cell-31
@@ -243,8 +222,8 @@ def check_mixed_hosts(case:Case)->list[Finding]:
     table = table_of(case)
     tables = list(by_group(table).values())
     found = [finding for rows in tables for finding in _unnamed(case, rows)]
-    found += [_one_name_for_several(rows) for rows in tables]
-    found += [_machines_apart(base, rows) for base, rows in beside_baseline(case, table)]
+    pairs = list(beside_baseline(case, table))
+    found += [_by_traces(base, rows) for base, rows in pairs] + _one_side_named(pairs)
     found += [_several_named(tables), _partly_named(tables)]
     return [finding for finding in found if finding]
 

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['FALSE_ALARMS', 'robust_scale', 'modified_z', 'outlier_threshold', 'first_threshold', 'stands_apart', 'warmups',
-           'check_warmup_outlier', 'check_outliers']
+           'ColdStart', 'cold_starts', 'check_warmup_outlier', 'Outlying', 'check_outliers']
 
 # %% ../../nbs/audit/10_outliers.ipynb #cell-02
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -16,10 +17,12 @@ from scipy import stats
 from scipy.ndimage import median_filter
 
 from .counted import counted, label_of, once, qualities
-from .findings import Finding, check, find
+from .findings import SEVERITIES, Finding, check, find
+from .weight import at_most, weigh_runs
 from ..core.words import count, listed
 from ..evidence.case import Case
-from ..stats.describe import finite, spread
+from ..evidence.groups import Group
+from ..stats.describe import finite
 
 # %% ../../nbs/audit/10_outliers.ipynb #cell-05
 def _smallest_step(values:np.ndarray)->float:
@@ -77,84 +80,116 @@ def stands_apart(
     return float(modified_z(np.array([first]), others)[0] / first_threshold(len(others)))
 
 # %% ../../nbs/audit/10_outliers.ipynb #cell-16
+_BATCHES, _AGREED = 5, 1e-4  # batches whose first runs agree that they are slower; p of that by chance
+
+def _agreed(
+    excess:np.ndarray,  # (batches,) time of the first run less the median of the others, as a part of it
+)->float:               # how far beyond the threshold, as a factor; 0 where they do not agree
+    "How surely the first runs of batches are slower, one with another."
+    if len(excess) < _BATCHES or np.ptp(excess) == 0: return 0.0
+    p = stats.ttest_1samp(excess, 0, alternative="greater").pvalue
+    return float(np.log(p) / np.log(_AGREED)) if p > 0 else np.inf
+
+def _first_runs(case:Case)->pd.DataFrame:
+    "Row in the table of counted runs, group, how unlike the others and excess of the first run of every batch."
+    table, found = counted(case), []
+    times, position = table["time_seconds"].to_numpy(), table["position"].to_numpy()
+    groups = table["group"].to_numpy()
+    for rows in table.groupby("unit").indices.values():
+        rows = rows[np.isfinite(times[rows])]
+        if len(rows) < 3 or position[rows[0]] > 0: continue
+        first, others = times[rows[0]], times[rows[1:]]
+        excess = first / np.median(others) - 1 if np.median(others) else 0.0
+        found.append((rows[0], groups[rows[0]], stands_apart(first, others), excess))
+    return pd.DataFrame(found, columns=["row", "group", "apart", "excess"])
+
+# %% ../../nbs/audit/10_outliers.ipynb #x
 @once
 def warmups(
     case:Case,
 )->dict[int, float]:  # row in the table of counted runs -> how clearly, as a factor above 1
-    "First runs that are unlike the others of their batch."
-    table, found = counted(case), {}
-    times = table["time_seconds"].to_numpy()
-    for rows in table.groupby("unit").indices.values():
-        rows = rows[np.isfinite(times[rows])]
-        if not len(rows) or table["position"].iloc[rows[0]] > 0: continue
-        first, *others = times[rows]
-        found[int(rows[0])] = stands_apart(first, np.array(others))
-    return {row: factor for row, factor in found.items() if factor > 1}
+    "First runs that are unlike the others of their batch, alone or because those of many batches agree."
+    firsts = _first_runs(case)
+    agreed = {group: _agreed(mine["excess"].to_numpy()) for group, mine in firsts.groupby("group")}
+    factor = np.maximum(firsts["apart"], firsts["group"].map(agreed) * (firsts["excess"] > 0))
+    return {int(row): float(each) for row, each in zip(firsts["row"], factor, strict=True) if each > 1}
 
 # %% ../../nbs/audit/10_outliers.ipynb #cell-19
 _BEYOND_DOUBT = 3  # times the threshold; an outlier of the usual noise may well be the first
 
-def _moves_difference(
-    a:tuple[np.ndarray, np.ndarray],  # of a group: all values, and those that are kept
-    b:tuple[np.ndarray, np.ndarray],  # of another
-)->bool:
-    "Do the values left out make half of the difference of two means, and more than its standard error?"
-    (every_a, kept_a), (every_b, kept_b) = a, b
-    if min(len(kept_a), len(kept_b)) < 2: return False
-    every, kept = every_a.mean() - every_b.mean(), kept_a.mean() - kept_b.mean()
-    error = np.hypot(*(spread(values) / np.sqrt(len(values)) for values in (kept_a, kept_b)))
-    return bool(abs(every - kept) > max(abs(kept) / 2, error))
+@dataclass(frozen=True, eq=False)
+class ColdStart:
+    "A group with first runs that are unlike the others."
+    group:Group
+    firsts:pd.DataFrame  # these runs
+    every:np.ndarray     # all times
+    kept:np.ndarray      # those of the other runs
+    clear:bool           # is it beyond doubt?
 
-# %% ../../nbs/audit/10_outliers.ipynb #cell-21
-def _compared_with(
-    case:Case,
-    number:int,  # of the group
-)->list[int]:
-    "The groups that a group is compared with: the baseline, or for the baseline all others."
-    others = [other for other in range(len(case.groups)) if other != number]
-    if case.groups[number] is case.baseline: return others
-    return [other for other in others if case.groups[other] is case.baseline]
+    @property
+    def shift(self)->float:
+        "By what part they move the mean."
+        return self.every.mean() / self.kept.mean() - 1 if len(self.kept) and self.kept.mean() else 0.0
 
 # %% ../../nbs/audit/10_outliers.ipynb #cell-22
-def _warmup(
-    case:Case,
-    number:int,           # of the group
-    firsts:pd.DataFrame,  # its first runs that are unlike the others
-    times:dict,           # number of a group -> all times, times without such first runs
-)->Finding:
-    group, (every, kept) = case.groups[number], times[number]
-    median, mean, without = float(np.median(kept)), float(every.mean()), float(kept.mean())
-    slow = firsts.index[firsts["time_seconds"] > median]
-    clear = any(warmups(case)[row] > _BEYOND_DOUBT for row in slow)
-    means = dict(mean=mean, mean_without=without)
-    shift = mean / without - 1 if without else 0.0
-    rivals = [times[other] for other in _compared_with(case, number) if other in times]
-    decides = abs(shift) > _OFF or any(_moves_difference(times[number], rival) for rival in rivals)
-    shown = listed((f"{time:.4g} s" for time in firsts["time_seconds"]), most=4)
-    one = len(firsts) == 1
+def cold_starts(case:Case)->list[ColdStart]:
+    "Every group with first runs that are unlike the others."
+    table, apart, found = counted(case), warmups(case), []
+    first, timed = table.index.isin(list(apart)), table["time_seconds"].notna()
+    for number, firsts in table[first].groupby("group"):
+        mine = table["time_seconds"][timed & (table["group"] == number)]
+        every, kept = mine.to_numpy(), mine[~first[mine.index]].to_numpy()
+        slow = firsts.index[firsts["time_seconds"] > np.median(kept)] if len(kept) else firsts.index
+        clear = any(apart[row] > _BEYOND_DOUBT for row in slow)
+        found.append(ColdStart(case.groups[number], firsts, every, kept, clear))
+    return found
+
+def _severity(case:Case, cold:ColdStart, runs:set[str])->str:
+    "How bad it is; `runs`: all first runs that are unlike the others, of any group."
+    weight = weigh_runs(case, cold.group, "time_seconds", runs)
+    if weight is None: weight = "serious" if abs(cold.shift) > _OFF else "warning"
+    return weight if cold.clear else at_most(weight, "warning")
+
+# %% ../../nbs/audit/10_outliers.ipynb #x
+def _of_one(cold:ColdStart)->str:
+    "A sentence or two on one group."
+    shown, n = listed((f"{time:.4g} s" for time in cold.firsts["time_seconds"]), most=4), len(cold.firsts)
+    return (f"The first run of {'a batch' if n == 1 else count(n, 'batch')} of {cold.group.name} took {shown}, "
+            f"the others {np.median(cold.kept):.4g} s (median). Without {'it' if n == 1 else 'them'} the mean is "
+            f"{cold.kept.mean():.4g} s rather than {cold.every.mean():.4g} s.")
+
+def _of_many(colds:list[ColdStart])->str:
+    "The same of several groups; the worst first."
+    worst, n = colds[0], sum(len(cold.firsts) for cold in colds)
+    names = listed((cold.group.name for cold in colds), most=4)
+    return (f"In {names} the first run of {count(n, 'batch')} is unlike the others, most of all in "
+            f"{worst.group.name}. {_of_one(worst)}")
+
+# %% ../../nbs/audit/10_outliers.ipynb #x
+def _warmup(severity:str, colds:list[ColdStart])->Finding:
+    "The finding on groups for which it is as bad."
+    colds = sorted(colds, key=lambda cold: -abs(cold.shift))
+    def told(cold): return dict(first=cold.firsts["time_seconds"].tolist(), median=float(np.median(cold.kept)),
+                                mean=cold.every.mean(), mean_without=cold.kept.mean(), shift=round(cold.shift, 4))
     return find(
-        severity="serious" if clear and decides else "warning",
-        message=f"The first run of {'a batch' if one else f'{len(firsts)} batches'} of {group.name} took {shown}, "
-                f"the others {median:.4g} s (median). "
-                f"Without {'it' if one else 'them'} the mean is {without:.4g} s rather than {mean:.4g} s.",
+        severity=severity,
+        message=_of_one(colds[0]) if len(colds) == 1 else _of_many(colds),
         remedy="Warm up before timing, and leave these first runs out of the times.",
-        groups=[group.name],
-        runs=firsts["run_id"],
-        figures=dict(first=firsts["time_seconds"].tolist(), median=median) | means | dict(shift=round(shift, 4)),
+        cases=[(cold.group.name,) for cold in colds],
+        runs=pd.concat([cold.firsts["run_id"] for cold in colds]),
+        figures=told(colds[0]) | dict(each={cold.group.name: told(cold) for cold in colds}),
         metric="time_seconds",
     )
 
 # %% ../../nbs/audit/10_outliers.ipynb #cell-24
 @check("warmup-outlier", "the first run of a batch is unlike the others")
 def check_warmup_outlier(case:Case)->Iterator[Finding]:
-    "The first run of a batch is unlike the others; serious where it decides what the group's mean is."
-    table = counted(case)
-    first = table.index.isin(list(warmups(case)))
-    timed = table["time_seconds"].notna()
-    times = {}
-    for number, mine in table["time_seconds"][timed].groupby(table["group"]):
-        times[number] = mine.to_numpy(), mine[~first[mine.index]].to_numpy()
-    for number, firsts in table[first].groupby("group"): yield _warmup(case, number, firsts, times)
+    "The first run of a batch is unlike the others; serious where the verdict would be another without it."
+    colds = [cold for cold in cold_starts(case) if len(cold.kept)]
+    runs = {run for cold in colds for run in cold.firsts["run_id"]}
+    by_severity = {}
+    for cold in colds: by_severity.setdefault(_severity(case, cold, runs), []).append(cold)
+    for severity in sorted(by_severity, key=SEVERITIES.index): yield _warmup(severity, by_severity[severity])
 
 # %% ../../nbs/audit/10_outliers.ipynb #cell-28
 _SMALL, _FEWEST = 8, 6  # runs: batches of fewer are taken together by machine; fewer in one place tell nothing
@@ -220,39 +255,80 @@ def _how_far_moved(
     return float(max(shifts, key=abs))
 
 # %% ../../nbs/audit/10_outliers.ipynb #cell-39
-def _outlying(
-    case:Case,
-    number:int,         # of the group
-    runs:pd.DataFrame,  # its runs, with `odd`
-    name:str,           # of the metric
-)->Finding:
-    group, metric = case.groups[number], case.study.metrics.get(name)
+@dataclass(frozen=True, eq=False)
+class Outlying:
+    "A group with outliers in a metric."
+    group:Group
+    batches:list[pd.DataFrame]  # those that have some, with `odd`
+    name:str                    # of the metric
+    of:int                      # runs of the group with the metric
+
+    @property
+    def odd(self)->pd.DataFrame: return pd.concat([batch[batch["odd"]] for batch in self.batches])
+
+    @property
+    def shift(self)->float: return _how_far_moved(self.batches, self.name)
+
+    @property
+    def is_much(self)->bool: return len(self.odd) > 0.05 * self.of or abs(self.shift) > 0.01
+
+# %% ../../nbs/audit/10_outliers.ipynb #x
+def _found(case:Case, number:int, runs:pd.DataFrame, name:str)->Outlying:
+    "Outliers of one group; `runs`: its runs, with `odd`."
+    units = runs.loc[runs["odd"], "unit"].unique()
+    batches = [runs[runs["unit"] == unit] for unit in units]
+    return Outlying(case.groups[number], batches, name, len(finite(runs[name])))
+
+def _how_bad(case:Case, found:Outlying)->str:
+    "A warning where the verdict would be another without them, or a mean moves; outliers may be real, so no more."
+    weight = weigh_runs(case, found.group, found.name, set(found.odd["run_id"]))
+    turns = weight == "serious" or weight is None and found.is_much
+    return "warning" if turns else "note"
+
+# %% ../../nbs/audit/10_outliers.ipynb #x
+def _in_words(case:Case, found:Outlying)->str:
+    "A sentence or two on the outliers of a group."
+    metric = case.study.metrics.get(found.name)
     show = metric.show if metric else "{:.4g}".format
-    odd, of = runs[runs["odd"]], len(finite(runs[name]))
-    batches = [runs[runs["unit"] == unit] for unit in odd["unit"].unique()]
-    medians = [float(np.median(finite(batch[name]))) for batch in batches]
-    n, shift = len(odd), _how_far_moved(batches, name)
+    medians = [float(np.median(finite(batch[found.name]))) for batch in found.batches]
+    n, values = len(found.odd), listed(map(show, found.odd[found.name]), most=4)
     lie = "lies" if n == 1 else "lie"
-    values = listed(map(show, odd[name]), most=4)
+    return (f"{count(n)} of the {found.of} of {found.group.name} {lie} far outside the spread of the batch in "
+            f"{label_of(case, found.name)}: {values}, {_beside(medians, show)}. {_moved(n, len(medians), found.shift)}")
+
+def _others(every:list[Outlying])->str:
+    "A sentence on the groups that are not told of in full."
+    each = [f"{len(found.odd)} of the {found.of} of {found.group.name}" for found in every]
+    return f" Likewise {listed(each, most=4)}." if each else ""
+
+# %% ../../nbs/audit/10_outliers.ipynb #x
+def _outlying(case:Case, severity:str, every:list[Outlying])->Finding:
+    "The finding on groups with outliers in one metric; the worst is told in full."
+    first, *others = sorted(every, key=lambda found: -abs(found.shift))
+    turned = " The verdict would be another without them." if severity == "warning" and not first.is_much else ""
+    each = {found.group.name: dict(runs=len(found.odd), of=found.of, shift=round(found.shift, 5)) for found in every}
+    values = first.odd[first.name].tolist()[:20]
     return find(
-        severity="warning" if n > 0.05 * of or abs(shift) > 0.01 else "note",
-        message=f"{count(n)} of the {of} of {group.name} {lie} far outside the spread of the batch "
-                f"in {label_of(case, name)}: {values}, {_beside(medians, show)}. {_moved(n, len(medians), shift)}",
+        severity=severity,
+        message=f"{_in_words(case, first)}{_others(others)}{turned}",
         remedy="Look for a cause; report results with and without these runs, or medians.",
-        groups=[group.name],
-        runs=odd["run_id"],
-        figures=dict(runs=n, of=of, values=odd[name].tolist()[:20], median=medians, shift=round(shift, 5)),
-        metric=name,
+        cases=[(found.group.name,) for found in (first, *others)],
+        runs=pd.concat([found.odd["run_id"] for found in (first, *others)]),
+        figures=each[first.group.name] | dict(values=values, each=each),
+        metric=first.name,
     )
 
 # %% ../../nbs/audit/10_outliers.ipynb #cell-40
 @check("outliers", "runs far outside the spread of their group")
 def check_outliers(case:Case)->Iterator[Finding]:
-    "Runs far outside the spread of their batch; a warning for more than 5 %, or if the mean moves by more than 1 %."
-    table = counted(case)
+    "Runs far outside the spread of their batch; a warning where the verdict would be another without them."
+    table, alike = counted(case), {}
     if not len(table): return
     for name in ("time_seconds", *qualities(case)[:1]):
         odd = _outliers(table, name)
         if name == "time_seconds": odd &= ~table.index.isin(list(warmups(case)))  # reported on their own
         for number, runs in table.assign(odd=odd).groupby("group"):
-            if runs["odd"].any(): yield _outlying(case, number, runs, name)
+            if not runs["odd"].any(): continue
+            found = _found(case, number, runs, name)
+            alike.setdefault((_how_bad(case, found), name), []).append(found)
+    for (severity, _), every in alike.items(): yield _outlying(case, severity, every)

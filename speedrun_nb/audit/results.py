@@ -106,34 +106,52 @@ def _baseline_too(
     return f" It is not shown of {name} either ({mean})." if side.n and not side.reached else ""
 
 # %% ../../nbs/audit/17_results.ipynb #cell-23
-def _missed(c:Results)->Finding:
-    "The finding on a variant that was not shown to reach the target."
+def _missed_words(c:Results)->str:
+    "A sentence or two on a variant that was not shown to reach the target."
     metric, goal, mine, base = _target_metric(c), c.target.value, c.target.variant, c.target.baseline
     short, base_short = _short(mine, goal, metric), _short(base, goal, metric)
     baseline, variant = _names(c)
     mean, base_mean = metric.show(mine.mean), metric.show(base.mean)
     misses = "short of the target of" if short else "which does not show that it reaches the target of"
     too = _baseline_too(baseline, base, base_mean, short, base_short)
-    longer, more = "Train for longer, or say that the target is missed.", "Run more seeds."
+    return (f"Mean {metric.label} of {variant} is {mean} ({count(mine.n)}), "
+            f"{misses} {metric.show(goal)}{_tested(mine, short)}{too}")
+
+def _missed_figures(c:Results)->dict:
+    "What is told of it."
+    mine, base = c.target.variant, c.target.baseline
     beside = dict(baseline_mean=base.mean, baseline_reached=base.reached)
+    return dict(target=c.target.value, mean=mine.mean, n=mine.n, p=mine.p) | beside
+
+# %% ../../nbs/audit/17_results.ipynb #x
+def _is_short(c:Results)->bool: return _short(c.target.variant, c.target.value, _target_metric(c))
+
+def _missed(severity:str, alike:list[Results])->Finding:
+    "The finding on variants of one baseline that miss the target alike; the first is told in full."
+    first, *others = alike
+    metric = _target_metric(first)
+    each = (f"{c.variant.name} ({metric.show(c.target.variant.mean)}, {count(c.target.variant.n)})" for c in others)
+    likewise = f" Likewise {listed(each, most=4)}." if others else ""
+    longer, more = "Train for longer, or say that the target is missed.", "Run more seeds."
     return find(
-        severity="note" if mine.p is None else "warning",
-        message=f"Mean {metric.label} of {variant} is {mean} ({count(mine.n)}), "
-                f"{misses} {metric.show(goal)}{_tested(mine, short)}{too}",
-        remedy=longer if short else more,
-        groups=_names(c),
-        figures=dict(target=goal, mean=mine.mean, n=mine.n, p=mine.p) | beside,
-        metric=c.target.metric,
+        severity=severity,
+        message=f"{_missed_words(first)}{likewise}",
+        remedy=longer if _is_short(first) else more,
+        cases=[_names(c) for c in alike],
+        figures=_missed_figures(first) | dict(each={c.variant.name: _missed_figures(c) for c in alike}),
+        metric=first.target.metric,
     )
 
 # %% ../../nbs/audit/17_results.ipynb #cell-25
 @check("target-missed", "the target quality was not shown to be reached", given="results", weighed=True)
 def check_target_missed(results:Iterable[Results])->Iterator[Finding]:
     "A warning where the variant was not shown to reach the speedrun's target; a note without a test."
+    alike = {}
     for c in results:
-        if c.target is None: continue
-        variant = c.target.variant
-        if variant.n and not variant.reached: yield _missed(c)
+        if c.target is None or not c.target.variant.n or c.target.variant.reached: continue
+        severity = "note" if c.target.variant.p is None else "warning"
+        alike.setdefault((severity, c.baseline.name, _is_short(c)), []).append(c)
+    for (severity, *_), missed in alike.items(): yield _missed(severity, missed)
 
 # %% ../../nbs/audit/17_results.ipynb #cell-29
 def _is_explained(c:Results)->bool:

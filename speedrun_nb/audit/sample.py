@@ -83,19 +83,24 @@ def _counts(
     return {None: next(iter(found.values()))} if len(set(found.values())) == 1 else found
 
 # %% ../../nbs/audit/16_sample.ipynb #cell-14
+def _what_follows(counts:_Counts)->str:
+    "What so few runs cannot show."
+    if counts.fewest == 1: return "one run says nothing of the spread between runs"
+    if counts.smallest_p <= ALPHA: return ""
+    return f"a permutation test cannot give less than p = {counts.smallest_p:.2g}"
+
 def _in_words(
     case:Case,
-    variant:Group,
     metric:str|None,
     counts:_Counts,
+    variants:list[str],  # names of those with these counts
 )->str:
     "`baseline has 3 completed runs and det_crop has 3; ...`"
     measured = f" with {case.study.metrics[metric].label}" if metric else ""
     base = f"{case.baseline.name} has {count(counts.baseline, 'completed run')}{measured}"
-    text = f"{base} and {variant.name} has {counts.variant}"
-    if counts.fewest == 1: return f"{text}; one run says nothing of the spread between runs"
-    if counts.smallest_p <= ALPHA: return text
-    return f"{text}; a permutation test cannot give less than p = {counts.smallest_p:.2g}"
+    follows = _what_follows(counts)
+    have = f"have {counts.variant} each" if len(variants) > 1 else f"has {counts.variant}"
+    return f"{base} and {listed(variants, most=4)} {have}{f'; {follows}' if follows else ''}"
 
 # %% ../../nbs/audit/16_sample.ipynb #cell-16
 def _too_small(
@@ -106,13 +111,17 @@ def _too_small(
 )->Finding:
     tables = by_group(table_of(case))
     each = {variant.name: dict(baseline=n.baseline, variant=n.variant, smallest_p=n.smallest_p) for variant, n in small}
+    alike = {}
+    for variant, counts in small: alike.setdefault(counts, []).append(variant.name)
+    told = [_in_words(case, metric, counts, names) for counts, names in alike.items()]
     return find(
         severity=severity,
-        message=f"{listed((_in_words(case, variant, metric, counts) for variant, counts in small), most=4)}.",
+        message=f"{'. '.join(told[:3])}.",
         remedy=f"Run at least {FEW} on each side; `speedrun power` says how many an effect needs.",
         figures=dict(runs_each=each),
         metric=metric,
-        **on_groups(tables[name] for name in (case.baseline.name, *each)),
+        cases=[(case.baseline.name, name) for name in each],
+        runs=on_groups(tables[name] for name in (case.baseline.name, *each))["runs"],
     )
 
 # %% ../../nbs/audit/16_sample.ipynb #cell-18
@@ -122,6 +131,6 @@ def check_sample_too_small(case:Case)->Iterator[Finding]:
     few = {}
     for variant in _compared(case):
         for metric, counts in _counts(case, variant).items():
-            alone = variant.name if counts.fewest < TOO_FEW else ""
-            if counts.is_small: few.setdefault((metric, alone), []).append((variant, counts))
-    for (metric, alone), small in few.items(): yield _too_small(case, "serious" if alone else "warning", metric, small)
+            severity = "serious" if counts.fewest < TOO_FEW else "warning"
+            if counts.is_small: few.setdefault((severity, metric), []).append((variant, counts))
+    for (severity, metric), small in few.items(): yield _too_small(case, severity, metric, small)

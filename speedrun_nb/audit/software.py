@@ -88,12 +88,17 @@ SOFTWARE = {
     "precision": _Part("precision", "serious", settings=("precision", "dtype", "backend", "implementation")),
     "torch": _Part("torch", "serious"),
     "data": _Part("data", "serious", settings=("data",)),
+    "triton": _Part("triton", "serious"),
+    "cudnn": _Part("cuDNN", "serious"),
     "cuda": _Part("CUDA", "serious", _TIME),
     "driver": _Part("the driver", "serious", _TIME),
+    "clocks": _Part("the clocks of the GPU", "serious", _TIME),
+    "power": _Part("the power limit of the GPU", "serious", _TIME),
     "threads": _Part("the number of threads", "serious", _TIME, ("threads", "device", "backend", "implementation")),
     "ranks": _Part("the number of processes", "serious", _TIME, ("processes", "ranks")),
     "compilation": _Part("what was compiled", "warning", _TIME, ("compile",)),
     "numpy": _Part("numpy", "warning"),
+    "package": _Part("a package", "warning"),
     "package_hash": _Part("the exported code", "warning"),
     "commit": _Part("the commit", "warning"),
     "python": _Part("Python", "note"),
@@ -101,15 +106,19 @@ SOFTWARE = {
 }
 
 # %% ../../nbs/audit/14_software.ipynb #cell-17
-_DATA = "data file "  # begins the name of a column with the digest of a file
+_KINDS = {"data file ": "data", "package ": "package"}  # by how the names of columns begin that hold one of them
 
-def _is_looked_at(column:str)->bool: return column in SOFTWARE or column.startswith(_DATA)
+def _kind(column:str)->str|None:
+    "The kind of which a column holds one: a data file, a package."
+    return next((kind for start, kind in _KINDS.items() if column.startswith(start)), None)
 
-def _part(column:str)->_Part: return SOFTWARE["data" if column.startswith(_DATA) else column]
+def _is_looked_at(column:str)->bool: return column in SOFTWARE or _kind(column) is not None
+
+def _part(column:str)->_Part: return SOFTWARE[_kind(column) or column]
 
 # %% ../../nbs/audit/14_software.ipynb #cell-19
 def declared(
-    column:str,                         # a key of `SOFTWARE`, or "data file ..."
+    column:str,                         # a key of `SOFTWARE`, "data file ..." or "package ..."
     baseline:Mapping, variant:Mapping,  # settings by dotted name
 )->bool:
     "Do settings say that the variant differs in this?"
@@ -119,11 +128,11 @@ def declared(
 
 # %% ../../nbs/audit/14_software.ipynb #cell-21
 def _called(
-    column:str,  # a key of `SOFTWARE`, or "data file ..."
+    column:str,  # a key of `SOFTWARE`, "data file ..." or "package ..."
     *values,     # lists of values
 )->str:
     "`torch (2.7; 2.8)`"
-    label = column if column.startswith(_DATA) else _part(column).label
+    label = column if _kind(column) else _part(column).label
     return f"{label} ({'; '.join(listed(map(brief, each), most=3) for each in values)})"
 
 # %% ../../nbs/audit/14_software.ipynb #cell-24
@@ -201,7 +210,8 @@ def _between(
         remedy=f"Run all with the same software and data{_as_many(differing)}, in turns.",
         figures=dict(differs=differs),
         metric=_TIME if all(_part(column).metric for column in differing) else None,
-        **on_groups(tables),
+        cases=[(names[0], name) for name in names[1:]],
+        runs=on_groups(tables)["runs"],
     )
 
 # %% ../../nbs/audit/14_software.ipynb #cell-36
@@ -212,8 +222,7 @@ def _software_between(
     "What separates a variant from the baseline."
     alike = {}
     for base, rows, severity, differing in _differing(case, table):
-        alone = name_of(rows) if severity == "serious" else ""
-        tables = alike.setdefault((severity, name_of(base), str(differing), alone), (differing, [base]))[1]
+        tables = alike.setdefault((severity, name_of(base), str(differing)), (differing, [base]))[1]
         tables.append(rows)
     return [_between(severity, differing, tables) for (severity, *_), (differing, tables) in alike.items()]
 

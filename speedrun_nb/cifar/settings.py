@@ -231,6 +231,7 @@ STUDY = Study(
     title="CIFAR-10",
     schema=Settings,
     budget="train.epochs",
+    work=("train.epochs", "train.batch_size", "data.dataset", "data.split", "data.train_images"),
     parameters={},
     trainer="speedrun_nb.cifar.train:train",
     checker=None,

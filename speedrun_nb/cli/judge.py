@@ -34,6 +34,7 @@ from speedrun_nb.cli.options import (
     print_table,
     read_all,
     read_frame,
+    tell_withdrawn,
     warn,
 )
 from ..core.errors import SpeedrunError, one_of
@@ -73,6 +74,7 @@ def runs_command(study:AnyStudy=None, outputs:Outputs="outputs", profile:Profile
     from speedrun_nb.evidence.plans import planned_by
     frame = read_frame(outputs, checked_name(study))
     if profile is not None: frame = only_profile(frame, profile, study)
+    tell_withdrawn(outputs_folder(outputs), study)
     if as_json:
         print(frame.to_json(orient="records", indent=1))
         return
@@ -166,7 +168,8 @@ def audit_command(study:StudyWithRuns=None, profile:OnlyProfile=None, outputs:Ou
     from speedrun_nb.audit.audit import audit
     from speedrun_nb.core.study import load_study
     frame, provenances, plans = read_all(outputs, checked_name(study))
-    names = [study] if study else sorted(set(frame["study"].dropna()))
+    own = {path.partition("/")[0] for path, known in provenances.items() if known.get("seeds")}
+    names = [study] if study else sorted(set(frame["study"].dropna()) | own)
     if not names:
         raise SpeedrunError("there are no runs to audit yet; make some with `speedrun run`, "
                             "or import published ones with `speedrun import`")

@@ -18,7 +18,14 @@ import speedrun_nb
 from .data import data_app, import_command, tokenize_command
 from .judge import audit_command, compare_command, power_command, render_command, runs_command
 from .options import JSON, AnyStudy, option, print_json, print_table
-from .run import join_pairs, ledger_command, promote_command, run_command, sweep_app
+from speedrun_nb.cli.run import (
+    join_pairs,
+    ledger_command,
+    promote_command,
+    run_command,
+    sweep_app,
+    withdraw_command,
+)
 from ..core.errors import SpeedrunError, one_of
 
 # %% ../../nbs/cli/04_main.ipynb #cell-05
@@ -115,7 +122,8 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="
 COMMANDS = {
     "doctor": doctor_command, "variants": variants_command, "runs": runs_command, "run": run_command,
     "promote": promote_command, "ledger": ledger_command, "compare": compare_command, "audit": audit_command,
-    "import": import_command, "power": power_command, "render": render_command, "tokenize": tokenize_command}
+    "import": import_command, "power": power_command, "render": render_command, "tokenize": tokenize_command,
+    "withdraw": withdraw_command}
 for _name, _command in COMMANDS.items(): app.command(_name)(_command)
 app.command("plan", hidden=True, deprecated=True)(power_command)  # what `power` was called
 app.add_typer(data_app, name="data")

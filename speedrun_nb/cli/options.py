@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['JSON', 'Outputs', 'Profile', 'StudyName', 'AnyStudy', 'StudyWithRuns', 'SweepFile', 'Price', 'argument', 'option',
            'make_console', 'print_table', 'print_json', 'print_rows', 'warn', 'outputs_folder', 'read_frame',
-           'read_all', 'checked_name']
+           'read_all', 'checked_name', 'tell_withdrawn']
 
 # %% ../../nbs/cli/00_options.ipynb #cell-02
 import json
@@ -92,3 +92,10 @@ def checked_name(study:str|None)->str|None:
     "The name of a study, or None. Raises `SpeedrunError` with the nearest valid name."
     from speedrun_nb.core.study import load_study
     return load_study(study).name if study else None
+
+# %% ../../nbs/cli/00_options.ipynb #cell-15
+def tell_withdrawn(outputs:Path, study:str|None=None)->None:
+    "Notes on standard error: the runs that were given up, by whom, when and why."
+    from speedrun_nb.core.provenance import read_provenances
+    from speedrun_nb.core.withdraw import withdrawn_words
+    warn(withdrawn_words(read_provenances(outputs, study)))

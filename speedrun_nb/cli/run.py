@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PAIR_EXPECTED', 'Parameters', 'sweep_app', 'SHOWN', 'DryRun', 'WatchBudget', 'Engine', 'Address', 'Resource',
-           'StatusFile', 'StageFile', 'join_pairs', 'split_pairs', 'run_command', 'make_engine', 'print_plan',
-           'report_end', 'sweep_run', 'sweep_status', 'promote_command', 'ledger_command']
+           'StatusFile', 'StageFile', 'BatchFolder', 'Why', 'join_pairs', 'split_pairs', 'run_command', 'make_engine',
+           'print_plan', 'report_end', 'sweep_run', 'sweep_status', 'promote_command', 'ledger_command',
+           'withdraw_command']
 
 # %% ../../nbs/cli/01_run.ipynb #cell-02
 from pathlib import Path
@@ -28,6 +29,7 @@ from speedrun_nb.cli.options import (
     print_json,
     print_rows,
     print_table,
+    tell_withdrawn,
     warn,
 )
 from ..core.errors import SpeedrunError, one_of
@@ -108,16 +110,17 @@ def make_engine(
 SHOWN = 60  # batches of a plan that are listed
 
 def print_plan(sweep, outputs:Path)->None:
-    "What a sweep would run now, what that takes, and warnings."
+    "What a sweep would run now, what that takes, what it can show, and warnings."
     from speedrun_nb.sweep.costs import read_costs
+    from speedrun_nb.sweep.outlook import outlook
     from speedrun_nb.sweep.show import dry_run
     from speedrun_nb.sweep.state import Cells
-    from speedrun_nb.sweep.watch import remarks
+    from speedrun_nb.sweep.remarks import remarks
     cells = Cells(sweep, outputs)
     rows, takes = dry_run(sweep, cells, read_costs(outputs, sweep.study.name))
     if rows: print_table(rows[:SHOWN])
     if len(rows) > SHOWN: print(f"... and {len(rows) - SHOWN} more")
-    print(takes)
+    print(takes, *outlook(sweep, outputs), sep="\n")
     warn(remarks(sweep, cells, outputs))
 
 # %% ../../nbs/cli/01_run.ipynb #cell-13
@@ -132,7 +135,7 @@ def report_end(drive, summary:str)->None:
     if drive.interrupts: raise typer.Exit(130)
 
 # %% ../../nbs/cli/01_run.ipynb #cell-14
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan with expected hours and cost, run nothing.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan, its cost and what it can show; run nothing.")]
 WatchBudget = Annotated[bool, typer.Option("--watch-budget", help="Stop cleanly where the budget of the file ends.")]
 Engine = Annotated[str, typer.Option(
     help="local: on this machine, each batch with a device of its own; ray: on a Ray cluster.")]
@@ -215,6 +218,27 @@ def ledger_command(study:StudyWithRuns=None, price:Price=None, outputs:Outputs="
     Example: `speedrun ledger gpt --price 2.5`
     """
     from speedrun_nb.sweep.ledger import as_table, ledger
-    rows = ledger(outputs_folder(outputs), checked_name(study), price)
+    folder, name = outputs_folder(outputs), checked_name(study)
+    rows = ledger(folder, name, price)
     if as_json: print_json(rows)
     else: print_table(as_table(rows))
+    tell_withdrawn(folder, name)
+
+# %% ../../nbs/cli/01_run.ipynb #cell-21
+BatchFolder = Annotated[str, argument(
+    "A batch: the name of its folder, or STUDY/PROFILE/VARIANT/NAME where several have that name.")]
+Why = Annotated[str, typer.Option(help="The reason, in a sentence; papers print it.", show_default=False)]
+
+def withdraw_command(batch:BatchFolder, why:Why, outputs:Outputs="outputs", as_json:JSON=False):
+    """Give up the runs of a batch that are missing or failed, such as after Ctrl-C, and say why.
+
+    Only runs without a result are concerned. Completed and diverged runs are results: they stay, are counted, and
+    cannot be withdrawn; no file is deleted or changed. Who, when and why are written beside the records, and shown by
+    `speedrun runs`, `ledger` and `audit` and in papers. To make the missing runs instead, run the same command again.
+
+    Example: `speedrun withdraw 20260101T120000Z-a1b2c3 --why "the machine was needed"`
+    """
+    from speedrun_nb.core.withdraw import withdraw, withdrawn_words
+    made = withdraw(outputs_folder(outputs), batch, why)
+    if as_json: print_json(made)
+    else: print(*withdrawn_words({made["batch"]: dict(withdrawn=made)}))

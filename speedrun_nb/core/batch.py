@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import SpeedrunError
+from .forks import was_forked
 from .machine import host_id, machine_state, package_hash
 from .parameters import BatchPlan, refuse_taken
 from .provenance import Provenance, read_provenance, utc_now
@@ -145,7 +146,8 @@ def run_batch(
     "Train every seed and record it. Raises what the trainer raises, after noting it in provenance.json."
     check_machine(plan)
     train, records = train or _trainer(plan), []
-    facts = machine_state(project_root()) | plan.facts | dict(command=command or sys.argv)
+    how = dict(command=command or sys.argv, process="forked" if was_forked() else "new")
+    facts = machine_state(project_root()) | plan.facts | how
     _claim_folder(plan)
     with _writing(plan): provenance = Provenance(plan.folder, facts)
     with _ending(provenance):

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'git_state', 'package_hash', 'package_versions', 'host_id', 'cpu_cores', 'cpu_name', 'gpu_state',
-           'cuda_version', 'machine_state', 'boot_id', 'pid_namespace', 'process_started', 'this_process', 'still_runs']
+           'cuda_version', 'cudnn_version', 'memory_bytes', 'machine_state', 'boot_id', 'pid_namespace',
+           'process_started', 'this_process', 'still_runs']
 
 # %% ../../nbs/core/07_machine.ipynb #cell-02
 import functools
@@ -58,7 +59,8 @@ def package_hash()->str: # 12 hexadecimal digits
         digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
 
-PACKAGES = "speedrun_nb torch numpy scipy statsmodels pandas pyarrow papermill ipykernel matplotlib PyYAML".split()
+PACKAGES = ("speedrun_nb torch triton numpy scipy statsmodels pandas pyarrow papermill ipykernel matplotlib "
+            "PyYAML").split()
 
 # %% ../../nbs/core/07_machine.ipynb #cell-13
 def package_versions()->dict[str, str]:
@@ -106,12 +108,24 @@ def cuda_version()->str|None:
     torch = sys.modules.get("torch")
     return torch.version.cuda if torch else None
 
+def cudnn_version()->str|None:
+    "The cuDNN that torch loads; None where torch is not loaded, or has none."
+    torch = sys.modules.get("torch")
+    version = torch.backends.cudnn.version() if torch else None
+    return str(version) if version else None
+
+def memory_bytes()->int|None:
+    "The machine's main memory; None where the system does not tell."
+    try: return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError): return None
+
 # %% ../../nbs/core/07_machine.ipynb #cell-24
 def machine_state(root:Path)->dict: # the project
     "Everything that is known before a batch starts."
     code = dict(git=git_state(root), package_hash=package_hash(), packages=package_versions())
     system = dict(python=platform.python_version(), os=platform.platform(), host_id=host_id())
-    processors = dict(cpu=cpu_name(), cpu_count=os.cpu_count(), gpus=gpu_state(), cuda=cuda_version())
+    processors = dict(cpu=cpu_name(), cpu_count=os.cpu_count(), memory_bytes=memory_bytes(), gpus=gpu_state())
+    processors |= dict(cuda=cuda_version(), cudnn=cudnn_version())
     return code | system | processors
 
 # %% ../../nbs/core/07_machine.ipynb #cell-27

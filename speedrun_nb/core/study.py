@@ -149,6 +149,7 @@ class Study:
     # what is computed
     schema:type             # the dataclass of its settings, made of dataclasses; see `core.settings.setting`
     budget:str|None         # the setting that says how long to train: "train.epochs"
+    work:tuple[str,...]     # settings that say how much a run does or is measured on: budget, batch size, data, ...
     parameters:Mapping      # what its run notebook takes beside the parameters of all: name -> default
     trainer:str             # "module:function": settings, seeds, parameters -> `Ready`, `Progress` and `Result`s
     checker:str|None        # "module:function": settings, parameters; raises where this machine cannot train so

@@ -31,6 +31,7 @@ class Case:
     provenances:Mapping[str,dict]  # provenance.json by "study/profile/variant/batch"
     own:bool                       # runs of this project, in one of its profiles; otherwise published elsewhere
     plans:Mapping[str,SweepPlan]|None=None  # frozen for these runs, see column `plan` of rows; None: nobody looked
+    unfiltered:"Case|None"=None    # the same with the runs that conditions left out; None: none were left out
 
     def provenance(self, variant:str, batch:str)->dict:
         "Where a batch comes from; empty if that was not recorded."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EXPLORATORY', 'STATES', 'planned_by', 'cell_states', 'progress', 'complete_blocks', 'made_before', 'other_code',
-           'blocks_in_order', 'claim_changes']
+           'known_before', 'block_orders', 'blocks_in_order', 'claim_changes']
 
 # %% ../../nbs/evidence/01_plans.ipynb #cell-02
 from collections import Counter
@@ -115,30 +115,46 @@ def other_code(plan:SweepPlan, rows:pd.DataFrame)->int:
     return int((rows.loc[rows["plan"] == plan.name, "package_hash"].dropna() != frozen).sum())
 
 # %% ../../nbs/evidence/01_plans.ipynb #cell-27
+def known_before(
+    plan:SweepPlan,
+    rows:pd.DataFrame,  # as for `cell_states`
+)->pd.DataFrame:
+    "Records of planned runs that had started when the plan was frozen."
+    frozen = pd.Timestamp(plan.circumstances["frozen_at"])
+    return rows[rows["run_id"].isin(list(plan.cells())) & (_when(rows["started_at"]) < frozen)]
+
+# %% ../../nbs/evidence/01_plans.ipynb #cell-29
+def block_orders(
+    plan:SweepPlan,
+    rows:pd.DataFrame,                 # as for `cell_states`
+)->list[tuple[list[int],list[int]]]:   # of each block: positions of conditions as planned, and as they ran
+    "In which order the conditions started. Blocks in which fewer than two conditions ran say nothing."
+    mine, order = rows[rows["plan"] == plan.name], plan.design["order"]
+    places, when = mine["run_id"].map(plan.cells()), _when(mine["started_at"])
+    starts = pd.DataFrame(dict(block=mine["block"], place=places, when=when)).dropna()
+    found = []
+    for block, part in starts.groupby("block"):
+        ran = part.groupby("place")["when"].min().sort_values(kind="stable").index.astype(int).tolist()
+        known = len(ran) > 1 and 0 <= block < len(order)
+        if known: found.append(([place for place in order[int(block)] if place in ran], ran))
+    return found
+
 def blocks_in_order(
     plan:SweepPlan,
     rows:pd.DataFrame,  # as for `cell_states`
 )->tuple[int,int]:      # blocks in which the conditions started in the planned order, of how many
-    "Was the order kept? Blocks in which fewer than two conditions ran say nothing."
-    mine, order = rows[rows["plan"] == plan.name], plan.design["order"]
-    places, when = mine["run_id"].map(plan.cells()), _when(mine["started_at"])
-    starts = pd.DataFrame(dict(block=mine["block"], place=places, when=when)).dropna()
-    kept = known = 0
-    for block, part in starts.groupby("block"):
-        ran = part.groupby("place")["when"].min().sort_values(kind="stable").index.tolist()
-        if len(ran) < 2 or not 0 <= block < len(order): continue
-        known += 1
-        kept += ran == [place for place in order[int(block)] if place in ran]
-    return kept, known
+    "Was the order kept?"
+    orders = block_orders(plan, rows)
+    return sum(planned == ran for planned, ran in orders), len(orders)
 
-# %% ../../nbs/evidence/01_plans.ipynb #cell-31
+# %% ../../nbs/evidence/01_plans.ipynb #cell-33
 def _flat(claim:Mapping|None)->dict:
     "A claim as in a plan, as settings with dotted names."
     claim = dict(claim or {})
     guard = claim.pop("guard", None) or {}
     return claim | {f"guard.{name}": value for name, value in guard.items()}
 
-# %% ../../nbs/evidence/01_plans.ipynb #cell-33
+# %% ../../nbs/evidence/01_plans.ipynb #cell-35
 def _changed(frozen:dict, now:dict)->str:
     "What was changed, in words; empty if nothing was."
     if frozen == now: return ""
@@ -148,7 +164,7 @@ def _changed(frozen:dict, now:dict)->str:
     names = [name for name in frozen | now if frozen.get(name) != now.get(name)]
     return ", ".join(f"{name} was {show(frozen, name)} and is {show(now, name)}" for name in names)
 
-# %% ../../nbs/evidence/01_plans.ipynb #cell-35
+# %% ../../nbs/evidence/01_plans.ipynb #cell-37
 def claim_changes(
     plan:SweepPlan,
     study:Study,

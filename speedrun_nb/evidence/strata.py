@@ -67,11 +67,12 @@ def combine_ratios(
     weights:np.ndarray,             # summing to 1
 )->RatioEstimate:
     "A weighted mean of log ratios; degrees of freedom after Satterthwaite (1946)."
-    errors = weights * _column(estimates, "log_se")
+    errors, in_unit = (weights * _column(estimates, name) for name in ("log_se", "se"))
     error = float(np.linalg.norm(errors))
     return RatioEstimate(
         "batches", log=float(weights @ _column(estimates, "log")), log_se=error,
         df=float(1 / ((errors / error) ** 4 / _column(estimates, "df")).sum()),
+        absolute=float(weights @ _column(estimates, "absolute")), se=float(np.linalg.norm(in_unit)),
         baseline=float(weights @ _column(estimates, "baseline")), n=int(_column(estimates, "n").sum()),
         units=int(_column(estimates, "units").sum()))
 

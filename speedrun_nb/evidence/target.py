@@ -231,11 +231,11 @@ def started_runs(
     return table[~np.isnan(times)].reset_index(drop=True)
 
 # %% ../../nbs/evidence/07_target.ipynb #cell-52
-_ON_THE_WAY = Metric("on_the_way", "time on the way", "s", "lower", quality=False)  # of every run, until the horizon
+_ON_THE_WAY = Metric("on_the_way", "time on the way", "s", "lower", quality=False)  # until the latest arrival
 
-def _everything(group:Group, table:pd.DataFrame, horizon:float)->Group:
+def _everything(group:Group, table:pd.DataFrame, latest:float)->Group:
     "A group that holds every run that was started."
-    return replace(group, runs=table.assign(on_the_way=np.minimum(table["times"], horizon)))
+    return replace(group, runs=table.assign(on_the_way=np.minimum(table["times"], latest)))
 
 def race_units(
     baseline:Group,
@@ -244,8 +244,8 @@ def race_units(
 )->tuple[UnitNames,RunTimes,RunTimes]:        # both sides: baseline, variant
     "Say what the units are, and sort the runs into them."
     known = [table["times"][np.isfinite(table["times"])] for table in tables]
-    horizon = float(pd.concat(known).max()) if any(map(len, known)) else 1.0
-    wholes = [_everything(group, table, horizon) for group, table in zip((baseline, variant), tables, strict=True)]
+    latest = float(pd.concat(known).max()) if any(map(len, known)) else 1.0
+    wholes = [_everything(group, table, latest) for group, table in zip((baseline, variant), tables, strict=True)]
     names, sides = unit_names(*wholes, _ON_THE_WAY, choose(*wholes, _ON_THE_WAY).basis), []
     for table, of_runs in zip(tables, (names.baseline, names.variant), strict=True):
         kept = np.array([name is not None for name in of_runs], dtype=bool)
@@ -276,7 +276,7 @@ class Race:
     "Two groups on their way to the target."
     metric:str
     value:float                  # of the target, in the metric's stored unit
-    horizon:float|None           # seconds: the latest arrival on either side; None if no run arrives
+    horizon:float|None           # seconds, see `speedrun_nb.stats.survival.horizon_of`; None if no run arrives
     unit:str                     # what standard errors are taken between: block, host or batch
     left_out:int                 # runs outside the blocks or hosts that both sides share
     baseline:Arrivals
@@ -332,10 +332,11 @@ def _arrival_row(side:Arrivals, time:Metric)->dict:
     limits = [end for end in side.median95 or () if end is not None]
     show = finer(time, half(tuple(limits)) if len(limits) == 2 else None).show
     share = "not known" if side.share is None else percent(side.share) + _within(percent, side.share95)
+    median = "not reached" if side.n and side.median is None else show(side.median)
+    cost = "no run arrives" if side.n and side.cost is None else show(side.cost)
     return {
-        "": side.name, "runs": side.n, "arrive": share,
-        "median time": show(side.median) + _within(show, side.median95),
-        "mean time, failures at the horizon": show(side.restricted), "time for each success": show(side.cost)}
+        "": side.name, "runs": side.n, "arrive": share, "median time": median + _within(show, side.median95),
+        "mean time, failures at the horizon": show(side.restricted), "time for each success": cost}
 
 # %% ../../nbs/evidence/07_target.ipynb #cell-64
 def _ratio_words(ratio:TimeRatio|None)->str:
@@ -375,10 +376,11 @@ def race_notes(
     metrics:Mapping[str,Metric],  # of the study
 )->list[str]:
     "Sentences: the horizon, the units, and what is not known."
-    if result.horizon is None: return ["No run arrives at the target."]
-    latest = metrics["time_seconds"].show(result.horizon)
-    horizon = f"A run that does not arrive counts as {latest}, the latest arrival."
+    shared = "blocks" if result.unit == "block" else "hosts"
+    outside = [f"{count(result.left_out)} outside the {shared} that both sides share: not counted."]
+    gaps = [*outside[:result.left_out], *_gaps(result.baseline), *_gaps(result.variant)]
+    if result.horizon is None: return ["No run that counts is known to arrive at the target.", *gaps]
+    slow = metrics["time_seconds"].show(result.horizon)
+    horizon = f"In the mean time a run counts as {slow} at most: by then nine in ten arrivals have happened."
     cost = "The time for each success is all time spent, that of failed runs included, over the runs that arrive."
-    outside = f"{count(result.left_out)} outside the shared {result.unit}s: not counted." if result.left_out else None
-    notes = [horizon, cost, _ASSUMED[result.unit], outside, *_gaps(result.baseline), *_gaps(result.variant)]
-    return [note for note in notes if note]
+    return [horizon, cost, _ASSUMED[result.unit], *gaps]

@@ -8,6 +8,7 @@ __all__ = ['MOST_BLOCKS', 'Hurdle', 'log_change', 'undo_log_change', 'effect_hur
            'power_curve']
 
 # %% ../../nbs/stats/10_power.ipynb #cell-02
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ import pandas as pd
 from scipy import optimize, stats
 
 from ..core.errors import SpeedrunError, one_of
-from .estimate import MINIMUM
+from .estimate import MINIMUM, subset_weights
 from .tests import ALPHA
 
 # %% ../../nbs/stats/10_power.ipynb #cell-05
@@ -29,6 +30,7 @@ class Hurdle:
     alpha:float             # false alarms, one-sided
     in_block:int|None=None  # units of a side in a block, if these are runs; None: blocks are the units
     both:bool=False         # two borders, as far on the other side (equivalence; the truth lies in the middle)
+    flips:bool=False        # must it also pass the test that flips signs, as ratios of blocks must?
 
     def __post_init__(self):
         if not 0 < self.sd < math.inf:
@@ -69,7 +71,7 @@ def effect_hurdle(
 )->Hurdle:
     "The interval of the relative change lies beyond the claim."
     gap = log_change(effect, better) - log_change(at_least, better)
-    return Hurdle(gap, sd, alpha / (2 * family), in_block)
+    return Hurdle(gap, sd, alpha / (2 * family), in_block, flips=in_block is None)
 
 def guard_hurdle(
     margin:float,            # worse by no more than this, in the stored unit
@@ -96,7 +98,26 @@ def _tost_power(margin, df, alpha):
     inside = 2 * stats.norm.cdf(margin - t * s) - 1
     return (high - low) / 2 * (_WEIGHTS @ (inside * density))
 
-# %% ../../nbs/stats/10_power.ipynb #cell-12
+# %% ../../nbs/stats/10_power.ipynb #cell-13
+_STUDIES = 3000
+
+@functools.lru_cache(maxsize=64)
+def _gaps_to_pass(blocks:int, alpha:float)->np.ndarray:
+    "(studies,) ascending: the gap, in standard deviations of a block's difference, from which on each study passes."
+    values = np.random.default_rng(blocks).normal(size=(_STUDIES, blocks))
+    by_t = stats.t.isf(alpha, blocks - 1) * values.std(axis=1, ddof=1) / math.sqrt(blocks) - values.mean(axis=1)
+    rank = max(1, int(alpha * 2**blocks + 1e-9))
+    by_flips = -np.partition(values @ subset_weights(blocks).T, rank - 1, axis=1)[:, rank - 1]
+    return np.sort(np.maximum(by_t, by_flips))
+
+def _flipped_power(blocks:int, hurdle:Hurdle)->float:
+    "Power of the two tests together."
+    gap = hurdle.gap / (hurdle.sd * math.sqrt(2))
+    return float(np.searchsorted(_gaps_to_pass(blocks, hurdle.alpha), gap, side="right") / _STUDIES)
+
+# %% ../../nbs/stats/10_power.ipynb #cell-14
+_FEWEST_FLIPPED, _MOST_FLIPPED = 7, 12
+
 def hurdle_power(
     blocks,         # a number or an array, at least 2
     hurdle:Hurdle,
@@ -106,9 +127,12 @@ def hurdle_power(
     distance, df = hurdle.gap / hurdle.se(blocks), hurdle.df(blocks)
     if hurdle.both: found = _tost_power(np.ravel(distance), np.ravel(df), hurdle.alpha).reshape(blocks.shape)
     else: found = stats.nct.sf(stats.t.isf(hurdle.alpha, df), df, distance)
-    return np.clip(found, 0, 1)
+    found = np.array(np.clip(found, 0, 1))
+    for n in range(_FEWEST_FLIPPED, _MOST_FLIPPED + 1) if hurdle.flips else ():
+        if (blocks == n).any(): found[blocks == n] = _flipped_power(n, hurdle)
+    return found
 
-# %% ../../nbs/stats/10_power.ipynb #cell-15
+# %% ../../nbs/stats/10_power.ipynb #cell-17
 def pass_all(
     blocks,                   # a number or an array
     hurdles:Sequence[Hurdle],
@@ -119,7 +143,7 @@ def pass_all(
     together = math.prod(hurdle_power(enough, hurdle) for hurdle in hurdles)
     return np.where(blocks < MINIMUM, 0.0, together)
 
-# %% ../../nbs/stats/10_power.ipynb #cell-16
+# %% ../../nbs/stats/10_power.ipynb #cell-18
 def probability_of_support(
     blocks,                   # a number or an array: batches of each side
     seeds:int,                # runs of a batch
@@ -137,7 +161,7 @@ def probability_of_support(
     effect = effect_hurdle(effect, sd, at_least, better, family, alpha=alpha)
     return pass_all(blocks, [effect] if guard is None else [effect, guard])
 
-# %% ../../nbs/stats/10_power.ipynb #cell-24
+# %% ../../nbs/stats/10_power.ipynb #cell-26
 MOST_BLOCKS = 1_000_000  # whatever needs more is out of reach
 
 def check_power(wanted:float):
@@ -162,7 +186,7 @@ def blocks_needed(
         else: low = middle + 1
     return high
 
-# %% ../../nbs/stats/10_power.ipynb #cell-27
+# %% ../../nbs/stats/10_power.ipynb #cell-29
 def detectable_gap(
     blocks:int,
     hurdle:Hurdle,      # its gap does not count
@@ -175,7 +199,7 @@ def detectable_gap(
     while missing(high) < 0: high *= 2
     return hurdle.sd * optimize.brentq(missing, 0 if missing(0) < 0 else -high, high, xtol=1e-12)
 
-# %% ../../nbs/stats/10_power.ipynb #cell-28
+# %% ../../nbs/stats/10_power.ipynb #cell-30
 def detectable_effect(
     blocks:int,
     hurdle:Hurdle,                # of the effect, by `effect_hurdle`
@@ -188,7 +212,7 @@ def detectable_effect(
     gap = detectable_gap(blocks, hurdle, wanted / max(float(pass_all(blocks, others)), 1e-9))
     return None if gap is None else undo_log_change(gap + log_change(at_least, better), better)
 
-# %% ../../nbs/stats/10_power.ipynb #cell-31
+# %% ../../nbs/stats/10_power.ipynb #cell-33
 def power_curve(
     hurdles:Sequence[Hurdle],
     most:int,       # largest number of blocks

@@ -103,10 +103,12 @@ def median_time(
     return median, (_time_at(ordered, 0.5 - half), _time_at(ordered, 0.5 + half))
 
 # %% ../../nbs/stats/12_survival.ipynb #cell-23
-def horizon_of(*sides:RunTimes)->float|None:  # None if no run arrives
-    "The latest arrival on any side, seconds."
-    times = np.concatenate([side.times[side.arrived] for side in sides])
-    return float(times.max()) if len(times) else None
+_SLOW = 0.9  # of the arrivals of a side have happened by the horizon
+
+def horizon_of(*sides:RunTimes)->float|None:  # seconds; None if no run arrives
+    "When nine in ten arrivals have happened, on the side where that is later."
+    known = [side.times[side.arrived] for side in sides if side.arrived.any()]
+    return max((float(np.quantile(times, _SLOW, method="lower")) for times in known), default=None)
 
 def restricted_mean(side:RunTimes, horizon:float)->float|None:  # None without runs
     "The mean time on the way within a horizon, seconds."

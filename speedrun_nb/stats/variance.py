@@ -132,7 +132,8 @@ def _estimated(values:np.ndarray, factors:dict[str,np.ndarray], conditions:np.nd
         around = _profile(data, best, which, LEVEL) if few else None
         ends = around and tuple(scale * end for end in around)
         variance = best.x[which]
-        found[name] = Component(name, int(levels), scale * float(variance**0.5), float(variance / best.x.sum()), ends)
+        sd, share = scale * float(variance**0.5), float(variance / best.x.sum())
+        found[name] = Component(name, int(levels), sd, share, ends)
     return found
 
 # %% ../../nbs/stats/14_variance.ipynb #cell-20
@@ -140,7 +141,7 @@ def nested_components(
     values:np.ndarray,              # (n,) finite, one a run
     factors:Mapping[str,Sequence],  # by name, from the outermost to the innermost: (n,) labels; None: not known
     conditions:Sequence,            # (n,) labels; each has a mean of its own
-)->list[Component]:                 # of every factor, and of the run
+)->list[Component]:         # of every factor, and of the run
     "Split the variance of runs by restricted maximum likelihood. Raises `SpeedrunError` without spread to split."
     values, condition = np.asarray(values, float), _codes(conditions)
     _check_spread(values, condition)
@@ -148,7 +149,7 @@ def nested_components(
     for name, labels in factors.items():
         codes, known = _codes(labels), not any(label is None for label in labels)
         note = unseen(codes, seen, condition) if known else "not recorded for every run"
-        if note: hidden[name] = Component(name, len(set(codes)), None, None, None, note)
+        if note: hidden[name] = Component(name, len(set(labels) - {None}), None, None, None, note)
         else: seen[name] = codes
     found = _estimated(values, seen, condition) if seen else _only_runs(values, condition)
     return [(hidden | found)[name] for name in (*factors, "run")]

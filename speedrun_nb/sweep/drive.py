@@ -18,7 +18,7 @@ from pathlib import Path
 from ..core.batch import STOP, record_failure
 from ..core.errors import SpeedrunError
 from ..core.parameters import BatchPlan, batch_name
-from ..core.plans import freeze
+from ..core.plans import freeze, read_plans
 from ..core.provenance import batch_state
 from ..core.study import from_root
 from ..core.words import count
@@ -28,8 +28,9 @@ from .leases import Leases, end_batch
 from .notebook import plan_from_parameters
 from .pending import Attempts, Pending
 from .plan import PlannedBatch, as_frozen
+from .remarks import remarks
 from .state import Cells
-from .watch import check_stop_rule, decided, remarks
+from .watch import check_stop_rule, decided
 
 # %% ../../nbs/sweep/13_drive.ipynb #cell-05
 def _describe(batch, cells)->str:
@@ -269,8 +270,8 @@ def _settle(drive, end):
 # %% ../../nbs/sweep/13_drive.ipynb #cell-36
 def _end_if_decided(drive):
     if drive.sweep.stop != "decided": return
-    outcomes = decided(drive.sweep, drive.cells)
-    if "open" in outcomes.values(): return
+    outcomes = decided(drive.sweep, drive.cells, drive.plans)
+    if "undecided" in outcomes.values(): return
     words = ", ".join(f"{name} {outcome}" for name, outcome in outcomes.items())
     drive.ending = f"every claim is decided: {words}"
 
@@ -304,7 +305,8 @@ class Drive:
         self.engine, self.watch_budget, self.show = engine, watch_budget, show
         self.cells = Cells(sweep, self.outputs)
         self.remarks = remarks(sweep, self.cells, self.outputs)
-        self.plan = freeze(as_frozen(sweep), self.outputs)
+        self.plan = freeze(as_frozen(sweep, self.remarks), self.outputs)
+        self.plans = read_plans(self.outputs, sweep.study.name, sweep.profile)
         self.leases, self.attempts = Leases(self.outputs, sweep.study.name), Attempts(sweep.retries)
         self.pending = Pending(self.cells, self.leases, self.attempts)
         self.spending, self.hand = Spending(sweep, self.outputs), InHand(engine, sweep.hours_per_batch)

@@ -39,8 +39,8 @@ class Budget:
 class Promotion:
     "When a variant of an earlier stage goes on."
     metric:str="time_seconds"
-    at_least:float=0.0     # estimated improvement on the baseline there, relative
-    guard:Guard|None=None  # what must not have become worse, by the estimate
+    at_least:float=0.0     # relative improvement on the baseline that must not be excluded there
+    guard:Guard|None=None  # what must not have become worse by more than its margin
     runs:int=2             # completed runs needed, of the variant and of the baseline
     most:int|None=None     # how many go on at most, the best first
 

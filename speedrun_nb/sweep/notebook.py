@@ -16,6 +16,7 @@ from ..core.errors import SpeedrunError
 from ..core.parameters import BatchPlan, batch_name, default_parameters, notebook_parameters, plan_batch
 from ..core.provenance import note
 from ..core.study import project_root
+from .kernel import BatchKernel
 
 # %% ../../nbs/sweep/02_notebook.ipynb #cell-05
 def plan_from_parameters(
@@ -27,20 +28,22 @@ def plan_from_parameters(
     return plan_batch(study, **notebook_parameters(named, default_parameters(study)))
 
 # %% ../../nbs/sweep/02_notebook.ipynb #cell-08
-def _execute(study, parameters, target, show):
+def _execute(study, parameters, target, show, kernel):
     "Execute a run notebook by papermill."
     import papermill
+
+    from speedrun_nb.sweep.executing import ENGINE
     papermill.execute_notebook(
         project_root() / "nbs" / f"run_{study}.ipynb", target, parameters, kernel_name="python3", progress_bar=False,
         cwd=project_root(), stdout_file=show, stderr_file=show, coalesce_streams=True,
-        extra_arguments=["--IPKernelApp.log_level=ERROR"])
+        engine_name=ENGINE, batch_kernel=kernel, extra_arguments=["--IPKernelApp.log_level=ERROR"])
 
 # %% ../../nbs/sweep/02_notebook.ipynb #cell-10
-def _execute_explained(study, parameters, target, show):
+def _execute_explained(study, parameters, target, show, kernel):
     "Execute a run notebook. Raises `SpeedrunError` that says what went wrong."
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
-    try: _execute(study, parameters, target, show)
+    try: _execute(study, parameters, target, show, kernel)
     except PapermillExecutionError as error:
         own = error.ename == "SpeedrunError"
         raise SpeedrunError(error.evalue if own else f"{error.ename}: {error.evalue}") from None
@@ -51,10 +54,15 @@ def _execute_explained(study, parameters, target, show):
     except RuntimeError as error: raise SpeedrunError(f"the kernel did not start: {error}") from None
 
 # %% ../../nbs/sweep/02_notebook.ipynb #cell-12
+def _not_forked(kernel:BatchKernel|None)->dict:
+    return dict(not_forked=kernel.why_not) if kernel and kernel.why_not else {}
+
+# %% ../../nbs/sweep/02_notebook.ipynb #cell-14
 def run_notebook(
     study:str,
     parameters:Mapping,   # of the run notebook
     echo:bool=True,       # show what the notebook prints while it runs
+    kernel:BatchKernel|None=None, # forks the notebook's kernel; None: an ordinary one
 )->Path:                  # the batch's folder
     "Execute nbs/run_<study>.ipynb. Raises `SpeedrunError` with the last line of the notebook's error."
     plan, began = plan_from_parameters(study, parameters), time.perf_counter()
@@ -62,9 +70,9 @@ def run_notebook(
     checked = dict(batch=plan.batch, profile=plan.variant.profile, outputs=str(plan.outputs))
     target = plan.folder / "notebook.ipynb"
     make_folder(plan)
-    try: _execute_explained(study, dict(parameters) | checked, target, sys.stderr if echo else None)
+    try: _execute_explained(study, dict(parameters) | checked, target, sys.stderr if echo else None, kernel)
     except SpeedrunError as error:
         record_failure(plan, str(error))
         raise SpeedrunError(f"{error}\nThe executed notebook: {target}") from None
-    finally: note(plan.folder, notebook_seconds=time.perf_counter() - began)
+    finally: note(plan.folder, notebook_seconds=time.perf_counter() - began, **_not_forked(kernel))
     return plan.folder

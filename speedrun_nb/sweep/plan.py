@@ -8,6 +8,7 @@ __all__ = ['PlannedBatch', 'blocks', 'plan_batches', 'as_frozen']
 # %% ../../nbs/sweep/01_plan.ipynb #cell-03
 import functools
 import random
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from ..core.machine import git_state, host_id, package_hash
@@ -75,7 +76,10 @@ def _frozen_condition(condition)->dict:
                 config_hash=variant.config_hash, claim=claim)
 
 # %% ../../nbs/sweep/01_plan.ipynb #cell-15
-def as_frozen(sweep:Sweep)->SweepPlan:
+def as_frozen(
+    sweep:Sweep,
+    remarks:Sequence[str]=(),  # what was known beforehand: see `speedrun_nb.sweep.remarks`
+)->SweepPlan:
     "The plan of a sweep, as it is to be written down."
     design = dict(study=sweep.study.name, profile=sweep.profile,
                   conditions=[_frozen_condition(condition) for condition in sweep.conditions],
@@ -83,4 +87,5 @@ def as_frozen(sweep:Sweep)->SweepPlan:
                   order=[order for _, _, order in blocks(sweep)], stop=sweep.stop,
                   gpus_per_batch=sweep.gpus_per_batch, stage=sweep.stage and asdict(sweep.stage))
     code = git_state(project_root()) | dict(package_hash=package_hash())
-    return SweepPlan(sweep.name, design, dict(frozen_at=utc_now(), **code, host_id=host_id(), file=sweep.text))
+    noted = dict(frozen_at=utc_now(), **code, host_id=host_id(), file=sweep.text, remarks=list(remarks))
+    return SweepPlan(sweep.name, design, noted)

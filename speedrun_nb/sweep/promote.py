@@ -23,7 +23,7 @@ from .screening import Judged, Screened, judge_all, screened
 from .state import Cells
 
 # %% ../../nbs/sweep/16_promote.ipynb #cell-05
-PROMOTION_SCHEMA = 1  # version of the file
+PROMOTION_SCHEMA = 2  # version of the file; since 2 a standard error and a one-sided level of 80 % decide
 
 @dataclass(frozen=True)
 class Promoted:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COPIES', 'SCREENING', 'Screened', 'candidates', 'screened', 'known_runs', 'lost_runs', 'improvement', 'worsening',
-           'effect_words', 'guard_words', 'Judged', 'judge', 'ranked', 'judge_all']
+           'effect_words', 'guard_words', 'passing_words', 'Judged', 'judge', 'ranked', 'judge_all']
 
 # %% ../../nbs/sweep/15_screening.ipynb #cell-02
 from dataclasses import dataclass, replace
@@ -20,12 +20,13 @@ from ..core.provenance import read_provenances
 from ..core.runs import read_runs
 from ..core.settings import config_hash
 from ..core.study import Metric, Study
-from ..core.variants import Variant, resolve
-from ..core.words import amount, change, count, exact_amount, finer, half, relative_amount, span
-from ..evidence.case import Case, make_case
+from ..core.variants import Variant, claim_of, resolve
+from ..core.words import amount, change, count, exact_amount, finer, half, percent, relative_amount, span
 from ..evidence.answer import Answer, answer_of
+from ..evidence.case import Case, make_case
 from ..evidence.groups import Group
 from ..stats.describe import plain
+from .chances import POWER, Border, Chances, chances, effect_border, guard_border
 from .file import Promotion, Sweep
 
 # %% ../../nbs/sweep/15_screening.ipynb #cell-05
@@ -92,31 +93,49 @@ def worsening(answer:Answer, metric:Metric)->float|None:
 def _label(metric)->str: return metric.label[0].upper() + metric.label[1:]
 
 # %% ../../nbs/sweep/15_screening.ipynb #cell-19
+def _asked(metric, at_least)->str:
+    "An improvement in words: `1 % less`."
+    return f"{100 * at_least:.6g} % {'less' if metric.better == 'lower' else 'more'}"
+
+def _effect_verdict(border, asked)->str:
+    if border.p is None: return f"by the estimate alone, which is {'' if border.passed else 'not '}at least {asked}"
+    return f"and {asked} is {'not ' if border.passed else ''}excluded ({percent(POWER)} confidence, one-sided)"
+
 def effect_words(
     answer:Answer,
+    border:Border,
     metric:Metric,
     at_least:float,        # relative
     runs:tuple[int, int],  # of the variant, of the baseline
 )->str:
     "A sentence on what the variant is to improve."
-    asked = f"at least {100 * at_least:.6g} % {'less' if metric.better == 'lower' else 'more'} is asked for"
-    if answer.relative is None: return f"{_label(metric)}: no relative change can be computed, and {asked}."
+    asked = _asked(metric, at_least)
+    if answer.relative is None: return f"{_label(metric)}: no relative change can be computed."
     interval = answer.ci95_relative
     show = partial(relative_amount, resolution=half(interval))
     measured = f"95 % interval {span(interval, show)}" if interval else "no interval"
-    enough = "enough" if improvement(answer, metric) >= at_least else "not enough"
+    enough = "enough" if border.passed else "not enough"
     return (f"{_label(metric)}: {change(answer.relative, show)} than the baseline's ({measured}; "
-            f"{count(runs[0])} against {runs[1]}{answer.within}), which is {enough} ({asked}).")
+            f"{count(runs[0])} against {runs[1]}{answer.within}). That is {enough}, {_effect_verdict(border, asked)}.")
 
 # %% ../../nbs/sweep/15_screening.ipynb #cell-21
-def guard_words(answer:Answer, metric:Metric, margin:float)->str:
+def guard_words(answer:Answer, border:Border, metric:Metric, margin:float)->str:
     "A sentence on what the variant must not make worse by more than `margin`, in the stored unit."
-    show = partial(amount, finer(metric, half(answer.ci95)))
-    allowed = "too much" if worsening(answer, metric) > margin else "allowed"
-    return (f"{_label(metric)}: {change(answer.absolute, show)}, which is {allowed} "
-            f"(it may be worse by at most {exact_amount(metric, margin)}).")
+    show, limit = partial(amount, finer(metric, half(answer.ci95))), exact_amount(metric, margin)
+    measured = f"{_label(metric)}: {change(answer.absolute, show)}"
+    if border.passed: return f"{measured}. That is allowed: it is not shown to be worse by more than {limit}."
+    sure = "" if border.p is None else f" ({percent(POWER)} confidence, one-sided)"
+    return f"{measured}. That is too much: it is worse by more than {limit}{sure}."
 
-# %% ../../nbs/sweep/15_screening.ipynb #cell-24
+# %% ../../nbs/sweep/15_screening.ipynb #cell-23
+def passing_words(found:Chances, metric:Metric)->str:
+    "A sentence on what the rule lets through."
+    if found.null is None: return "How often a variant goes on that changes nothing is not known, for no spread is."
+    words = f"With this spread a variant that changes nothing would go on with probability {percent(found.null)}"
+    if not found.reach: return f"{words}."
+    return f"{words}, and one with {_asked(metric, found.reach)} with {percent(found.reaching)}."
+
+# %% ../../nbs/sweep/15_screening.ipynb #cell-26
 COPIES = ("copied-runs", "same-computation", "same-settings", "settings-differ", "inert-seed")  # findings of the audit
 SCREENING = "This is an estimate of a screening stage and decides nothing about the claim."
 
@@ -128,14 +147,14 @@ class Judged:
     reason:str     # sentences with numbers
     figures:dict   # the numbers behind them, plain values
 
-# %% ../../nbs/sweep/15_screening.ipynb #cell-26
+# %% ../../nbs/sweep/15_screening.ipynb #cell-28
 def _serious_findings(stage, group, metrics)->list[Finding]:
     "What the audit holds against a variant, in metrics that matter here."
     serious = [f for f in stage.findings if any(f.undermines(m.name) for m in metrics)]
     pair = [stage.baseline.name, group.name]
     return [f for f in serious if f.concerns(pair) or (f.id in COPIES and group.name in f.groups)]
 
-# %% ../../nbs/sweep/15_screening.ipynb #cell-28
+# %% ../../nbs/sweep/15_screening.ipynb #cell-30
 def _too_few(name, group, baseline, metrics, rule, figures)->Judged:
     "A variant for which there are not enough runs."
     runs = count(figures["runs"], "completed run")
@@ -143,22 +162,39 @@ def _too_few(name, group, baseline, metrics, rule, figures)->Judged:
              f"{lost_runs(baseline, metrics)}; the rule asks for {rule.runs} of each.")
     return Judged(name, False, words, figures)
 
-# %% ../../nbs/sweep/15_screening.ipynb #cell-30
-def _effect(answer, metric)->dict:
-    "Figures on what is to be improved."
-    return dict(change=answer.relative, ci95=answer.ci95_relative, improvement=improvement(answer, metric))
-
-def _guarded(answer, metric)->dict:
-    "Figures on what must not become worse."
-    return dict(guard=answer.absolute, guard_ci95=answer.ci95, worsening=worsening(answer, metric))
-
 # %% ../../nbs/sweep/15_screening.ipynb #cell-32
-def _meets(figures, rule)->bool:
-    "Does a variant meet the rule, by these figures?"
-    if figures["improvement"] is None or figures["improvement"] < rule.at_least: return False
-    return rule.guard is None or figures["worsening"] <= rule.guard.margin
+def _effect(answer, border, metric)->dict:
+    "Figures on what is to be improved."
+    found = dict(change=answer.relative, ci95=answer.ci95_relative, improvement=improvement(answer, metric))
+    return found | dict(p_short=border.p, se=border.se)
+
+def _guarded(answer, border, metric)->dict:
+    "Figures on what must not become worse."
+    return dict(guard=answer.absolute, guard_ci95=answer.ci95, worsening=worsening(answer, metric), p_guard=border.p)
 
 # %% ../../nbs/sweep/15_screening.ipynb #cell-34
+def _reach(stage, name, rule)->float:
+    "The improvement for which it is said how likely it goes on."
+    claim = claim_of(stage.sweep.study, name)
+    return max(rule.at_least, claim.at_least if claim and claim.metric == rule.metric else 0.0)
+
+def _what_it_did(stage, name, rule, figures)->tuple[bool, list[str]]:
+    "Does it meet the rule? The sentences on effect, guard and chances; adds to the figures."
+    group, baseline, known = stage.groups[name], stage.baseline, stage.sweep.study.metrics
+    metric, guard, margin = known[rule.metric], None, 0.0
+    answer, effect = answer_of(baseline, group, metric)[0], effect_border(baseline, group, metric, rule.at_least)
+    figures |= _effect(answer, effect, metric)
+    words = [effect_words(answer, effect, metric, rule.at_least, (figures["runs"], figures["runs_baseline"]))]
+    if rule.guard:
+        kept, margin = known[rule.guard.metric], rule.guard.margin
+        answer, guard = answer_of(baseline, group, kept)[0], guard_border(baseline, group, kept, margin)
+        figures |= _guarded(answer, guard, kept)
+        words.append(guard_words(answer, guard, kept, margin))
+    found = chances(effect, rule.at_least, _reach(stage, name, rule), guard, margin)
+    figures |= dict(chance_null=found.null, chance_reaching=found.reaching)
+    return effect.passed and (guard is None or guard.passed), [*words, passing_words(found, metric)]
+
+# %% ../../nbs/sweep/15_screening.ipynb #cell-36
 def judge(
     stage:Screened,
     name:str,            # of a variant
@@ -166,26 +202,21 @@ def judge(
 )->Judged:
     "Apply the rule to one variant, without looking at the others."
     group, baseline, known = stage.groups[name], stage.baseline, stage.sweep.study.metrics
-    metric, guard = known[rule.metric], known[rule.guard.metric] if rule.guard else None
-    metrics = [m for m in (metric, guard) if m]
+    metrics = [known[asked] for asked in (rule.metric, rule.guard and rule.guard.metric) if asked]
     runs = known_runs(group, metrics), known_runs(baseline, metrics)
     figures = dict(runs=runs[0], runs_baseline=runs[1], failed=group.failed if group else 0,
                    diverged=group.diverged if group else 0)
     if min(runs) < rule.runs: return _too_few(name, group, baseline, metrics, rule, figures)
-    (answer, _), against = answer_of(baseline, group, metric), _serious_findings(stage, group, metrics)
-    figures |= _effect(answer, metric) | dict(findings=[f.id for f in against])
-    words = [effect_words(answer, metric, rule.at_least, runs)]
-    if guard:
-        answer, _ = answer_of(baseline, group, guard)
-        figures |= _guarded(answer, guard)
-        words.append(guard_words(answer, guard, rule.guard.margin))
-    lost, copied = lost_runs(group, metrics), any(f.id in COPIES for f in against)
+    met, words = _what_it_did(stage, name, rule, figures)
+    against, lost = _serious_findings(stage, group, metrics), lost_runs(group, metrics)
+    figures |= dict(findings=[f.id for f in against])
+    copied = any(f.id in COPIES for f in against)
     if lost: words.append(f"Not all of its runs are counted{lost}.")
     words += [f"The audit holds against it ({f.id}): {f.message}" for f in against]
     if copied: words.append("Results that may not be its own do not go on.")
-    return Judged(name, _meets(figures, rule) and not copied, " ".join([*words, SCREENING]), plain(figures))
+    return Judged(name, met and not copied, " ".join([*words, SCREENING]), plain(figures))
 
-# %% ../../nbs/sweep/15_screening.ipynb #cell-40
+# %% ../../nbs/sweep/15_screening.ipynb #cell-42
 def ranked(judged:list[Judged], most:int|None)->list[Judged]:
     "The best first; those for which there is no place do not go on."
     good = sorted((j for j in judged if j.goes_on), key=lambda j: -j.figures["improvement"])
@@ -196,14 +227,14 @@ def ranked(judged:list[Judged], most:int|None)->list[Judged]:
     rest = [replace(j, goes_on=False, reason=f"{full} {j.reason}") for j in good[len(chosen):]]
     return [*chosen, *rest, *(j for j in judged if not j.goes_on)]
 
-# %% ../../nbs/sweep/15_screening.ipynb #cell-41
+# %% ../../nbs/sweep/15_screening.ipynb #cell-43
 def _runnable(judged:Judged, study:Study, profile:str)->Judged:
     try: resolve(study, judged.variant, profile)
     except SpeedrunError as error:
         return replace(judged, goes_on=False, reason=f"It cannot be run in profile {profile}: {error} {judged.reason}")
     return judged
 
-# %% ../../nbs/sweep/15_screening.ipynb #cell-43
+# %% ../../nbs/sweep/15_screening.ipynb #cell-45
 def judge_all(
     stage:Screened,
     rule:Promotion,

@@ -24,11 +24,11 @@ from .costs import Forecast
 from .file import Sweep
 from .leases import LeaseFolder
 from .state import DONE, Cells
-from .watch import baselines, compared_with, estimate, metric_of
+from .watch import baselines, case_so_far, compared_with, estimate, metric_of
 
 # %% ../../nbs/sweep/14_show.ipynb #cell-05
-def _estimate_words(sweep, cells, condition)->dict:
-    found = estimate(sweep, cells, condition)
+def _estimate_words(sweep, case, condition)->dict:
+    found = estimate(sweep, case, condition) if case else None
     if found is None: return {}
     change, interval = "", ""
     if found.relative is not None: change = f"{metric_of(sweep, condition).label} {found.relative:+.1%}"
@@ -44,17 +44,17 @@ def condition_rows(
     failed:Collection[str]=(),  # run_ids that are not tried again for now
 )->list[dict]:
     "Counts of runs, and the estimate so far with its interval."
-    rows = []
+    rows, case = [], case_so_far(sweep, cells)
     for condition in sweep.conditions:
         mine = {cell for batch in cells.batches_of(condition) for cell in batch.cells}
         left = mine - cells.done.keys()
         now, broken = left & set(running), left & set(failed) - set(running)
         row = {"condition": condition.name, "done": len(mine) - len(left), "running": len(now), "failed": len(broken)}
         row |= {"left": len(left) - len(now) - len(broken)}
-        rows.append(row | _estimate_words(sweep, cells, condition))
+        rows.append(row | _estimate_words(sweep, case, condition))
     return rows
 
-# %% ../../nbs/sweep/14_show.ipynb #cell-11
+# %% ../../nbs/sweep/14_show.ipynb #cell-12
 def _spent(drive)->str:
     "Hours and money."
     budget = drive.sweep.budget
@@ -63,7 +63,7 @@ def _spent(drive)->str:
     if budget.price_per_hour: words += f", cost {drive.hours * budget.price_per_hour:.2f}"
     return words
 
-# %% ../../nbs/sweep/14_show.ipynb #cell-13
+# %% ../../nbs/sweep/14_show.ipynb #cell-14
 def summary(drive)->str:
     "A sweep in a line or two."
     words = f"{len(drive.cells.done)} of {len(drive.cells.wanted)} runs done, {_spent(drive)}"
@@ -73,12 +73,13 @@ def summary(drive)->str:
     now = "; ".join(batches) or drive.waiting
     return f"{words}\n{now}" if now else words
 
-# %% ../../nbs/sweep/14_show.ipynb #cell-15
+# %% ../../nbs/sweep/14_show.ipynb #cell-16
 class Show:
     "Shows a `Drive`, which calls it with news, and as time passes."
     def __init__(self, file=None):
         self.console = Console(file=file or sys.stderr, highlight=False)
-        self.live, self.shown, self.rows, self.drive = None, 0.0, None, None
+        self.live, self.shown, self.drive = None, 0.0, None
+        self.rows, self.stale, self.pause = [], True, 0.0  # may be computed again after `pause`
 
     @contextmanager
     def showing(self):
@@ -88,7 +89,7 @@ class Show:
             return
         with Live(console=self.console, auto_refresh=False) as self.live:
             yield self
-            if self.drive: self._update()
+            if self.drive: self._update(at_last=True)
 
     def __call__(self, drive, line:str|None)->None:
         self.drive = drive
@@ -97,19 +98,23 @@ class Show:
         if self.live and busy and time.monotonic() - self.shown > 1: self._update()
 
     def _print(self, line):
-        self.rows = None
+        self.stale = True
         left = None if self.live else self.drive.to_go()
         if left: line += f" (about {duration(left)} to go)"
         self.console.print(f"{time.strftime('%H:%M:%S')} {line}", markup=False, soft_wrap=True)
 
-    def _update(self):
-        drive = self.drive
+    def _compute(self):
+        drive, start = self.drive, time.monotonic()
         running = drive.hand.cells | drive.elsewhere
-        if self.rows is None: self.rows = condition_rows(drive.sweep, drive.cells, running, drive.failed)
-        self.live.update(Group(make_table(self.rows, drive.plan.name), summary(drive)), refresh=True)
+        self.rows, self.stale = condition_rows(drive.sweep, drive.cells, running, drive.failed), False
+        self.pause = time.monotonic() + 20 * (time.monotonic() - start)
+
+    def _update(self, at_last=False):
+        if self.stale and (at_last or time.monotonic() > self.pause): self._compute()
+        self.live.update(Group(make_table(self.rows, self.drive.plan.name), summary(self.drive)), refresh=True)
         self.shown = time.monotonic()
 
-# %% ../../nbs/sweep/14_show.ipynb #cell-18
+# %% ../../nbs/sweep/14_show.ipynb #cell-19
 def _takes(sweep, seconds)->str:
     "What so many seconds of batches come to."
     if seconds is None: return "how long they take is not known, because nothing like them was run yet"
@@ -118,7 +123,7 @@ def _takes(sweep, seconds)->str:
     if budget.price_per_hour: words += f", {hours:.2f} h of devices, cost about {hours * budget.price_per_hour:.2f}"
     return words + (f"; the budget is {budget.hours:g} h" if budget.hours else "")
 
-# %% ../../nbs/sweep/14_show.ipynb #cell-20
+# %% ../../nbs/sweep/14_show.ipynb #cell-21
 def _batch_row(batch, seeds, seconds)->dict:
     condition = batch.condition
     return {"block": batch.block, "order": batch.order_start, "condition": condition.name,
@@ -139,7 +144,7 @@ def dry_run(
     takes = _takes(sweep, None if None in seconds else sum(seconds))
     return rows, f"{len(rows)} of {len(cells.batches)} batches to run; {takes}"
 
-# %% ../../nbs/sweep/14_show.ipynb #cell-23
+# %% ../../nbs/sweep/14_show.ipynb #cell-24
 def running_cells(outputs:Path, study:str)->set[str]:
     "What sweeps on this folder run just now: run_ids."
     return set(LeaseFolder(outputs, study).alive())
@@ -154,7 +159,7 @@ def _plan_row(plan:SweepPlan, outputs)->dict:
     counts = dict(planned=len(cells), done=len(done), running=len(running))
     return row | counts | dict(left=len(cells) - len(done) - len(running))
 
-# %% ../../nbs/sweep/14_show.ipynb #cell-25
+# %% ../../nbs/sweep/14_show.ipynb #cell-26
 def plan_rows(outputs:Path)->list[dict]:
     "Every frozen plan: what is done of it."
     return [_plan_row(plan, outputs) for plan in read_plans(outputs).values()]

@@ -16,6 +16,7 @@ from contextlib import suppress
 import psutil
 
 from ..core.errors import SpeedrunError
+from .kernel import Kernels
 
 # %% ../../nbs/sweep/03_worker.ipynb #cell-05
 def _kill(processes):
@@ -38,10 +39,12 @@ def end_process(pid:int)->None:
 # %% ../../nbs/sweep/03_worker.ipynb #cell-10
 def work(
     job:dict,    # `study` and `parameters`
+    kernels:Kernels,
 )->str|None:     # the error
     "Execute one notebook."
     from speedrun_nb.sweep.notebook import run_notebook
-    try: run_notebook(job["study"], job["parameters"], echo=False)
+    kernel = kernels.for_batch(job["study"], job["parameters"])
+    try: run_notebook(job["study"], job["parameters"], echo=False, kernel=kernel)
     except SpeedrunError as error: return str(error)
     except Exception as error: return f"{type(error).__name__}: {error}"
     return None
@@ -56,11 +59,12 @@ def _listen(jobs):
 # %% ../../nbs/sweep/03_worker.ipynb #cell-14
 def serve()->None:
     "What `python -m speedrun_nb.sweep.worker` does."
-    answers, jobs = os.fdopen(os.dup(1), "w", buffering=1), queue.Queue()
+    answers, jobs, kernels = os.fdopen(os.dup(1), "w", buffering=1), queue.Queue(), Kernels()
     os.dup2(2, 1)
+    kernels.prepare()
     threading.Thread(target=_listen, args=(jobs,), daemon=True).start()
     import papermill  # noqa: F401
     print(json.dumps({"ready": True}), file=answers)
-    while True: print(json.dumps({"error": work(jobs.get())}), file=answers)
+    while True: print(json.dumps({"error": work(jobs.get(), kernels)}), file=answers)
 
 if __name__ == "__main__" and globals().get("__spec__"): serve()  # run with `python -m`, not as a notebook

@@ -24,7 +24,7 @@ METRICS = {metric.name: metric for metric in (
 
 STUDY = Study(
     name="toy", title="A line through points",
-    schema=Settings, budget="train.steps", parameters={},
+    schema=Settings, budget="train.steps", work=("train.steps",), parameters={},
     trainer="speedrun_nb.toy.train:train", checker=None, checkpoints=False, datasets={},
     metrics=METRICS, clock="steps, at the time that a step is said to take", target=Target("loss", 0.02),
     stages=("demo", "published"), log_names={}, log_settings={},

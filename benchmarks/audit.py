@@ -3,7 +3,9 @@
 Clean studies differ in the number of variants, machines, blocks and runs of a batch, in effect, noise and drift, with
 and without an effect of the batch, with qualities that seeds share or not; they are of CIFAR-10 or of GPT. A mistake is
 put into a study of one shape, at graded strength: of the effect, of the runs' standard deviation, or as a share of the
-runs, as its line says. A clean study must have no serious finding.
+runs, as its line says. Where a mistake makes a part of the effect that is seen, the true one is smaller by as much, so
+that a strength from a half on turns a claim of 1 % that seems to be kept by 2 %. A clean study must have no serious
+finding.
 
     python benchmarks/audit.py                                  # 1,000 clean studies, 20 of each mistake and strength
     python benchmarks/audit.py --studies 0 --flaw cold-start other-cudnn --each 50
@@ -17,7 +19,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from pathlib import Path
@@ -35,6 +37,7 @@ from speedrun_nb.evidence.case import Case, make_case
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 PROFILE = "full"
+EFFECT = 0.02  # relative, of variants in studies that mistakes are put into; their claims are of 1 %
 STRENGTHS = (0.25, 0.5, 1.0, 2.0)
 TAILS = {
     "normal": lambda rng, n: rng.normal(size=n),
@@ -52,7 +55,7 @@ class Shape:
     hosts: tuple[str, ...] = ("a",)
     blocks: int = 10
     size: int = 6                 # runs of a batch
-    effect: float = -0.02         # of every variant on time, relative
+    effect: float = -EFFECT       # of every variant on time, relative
     noise: float = 0.004          # standard deviation of a run's time, relative
     batch: float = 0.0            # standard deviation of a batch's, in those of a run
     shared: float = 0.0           # correlation of quality between runs of one seed
@@ -72,8 +75,8 @@ class Made:
 
     @property
     def effect(self) -> float:
-        "In seconds, above zero."
-        return abs(self.shape.effect) * self.shape.seconds
+        "That is seen where nothing is wrong, in seconds."
+        return EFFECT * self.shape.seconds
 
     def of(self, variant: str) -> list[dict]: return [r for r in self.records if r["variant"] == variant]
 
@@ -213,16 +216,25 @@ class Flaw:
     ids: tuple[str, ...]  # of findings that count as having found it
     of: str               # what a strength of 1 is
     put: Callable         # study, strength, generator -> None; changes the study
+    instead: bool         # does it make so much of the effect that is seen, beside the true one?
     shape: Shape
+
+    def study(self, strength: float, seed: int) -> Made:
+        "A study with the mistake. Where it makes a part of the effect, the true one is smaller by as much."
+        shape = self.shape
+        if self.instead: shape = replace(shape, effect=shape.effect * (1 - strength))
+        made = make(shape, seed)
+        self.put(made, strength, np.random.default_rng(seed))
+        return made
 
 
 FLAWS: dict[str, Flaw] = {}
 
 
-def flaw(name: str, *ids: str, of: str, **shape) -> Callable:
+def flaw(name: str, *ids: str, of: str, instead: bool = False, **shape) -> Callable:
     "Register a mistake, and the findings that tell of it; `shape`: what of the study is not as usual."
     def register(function):
-        FLAWS[name] = Flaw(name, ids, of, function, Shape(**shape))
+        FLAWS[name] = Flaw(name, ids, of, function, instead, Shape(**shape))
         return function
     return register
 
@@ -276,30 +288,36 @@ def later_without_blocks(made, strength, rng):
     renumber(made)
 
 
-@flaw("hot-steps", "slow-down", of="effect, lost by the baseline in the course of a run")
+@flaw("hot-steps", "slow-down", of="effect, lost by the baseline in the course of a run",
+      instead=True)
 def hot_steps(made, strength, rng):
     for record in made.of("baseline"): slow(record, strength * made.effect, lambda done: done)
+    renumber(made)
 
 
 @flaw("hot-steps-gpt", "slow-down", of="effect, lost by the baseline in the course of a run",
-      study="gpt", variants=("baseline", "kv_1"), size=3)
+      instead=True, study="gpt", variants=("baseline", "kv_1"), size=3)
 def hot_steps_gpt(made, strength, rng): hot_steps(made, strength, rng)
 
 
-@flaw("hot-batches", "slow-down", of="effect, lost by the baseline's last run of a batch")
+@flaw("hot-batches", "slow-down", of="effect, in the baseline's mean", instead=True)
 def hot_batches(made, strength, rng):
     for batch in made.batches("baseline"):
-        for place, record in enumerate(batch): slow(record, strength * made.effect * place / (len(batch) - 1))
+        for place, record in enumerate(batch): slow(record, 2 * strength * made.effect * place / (len(batch) - 1))
+    renumber(made)
 
 
-@flaw("cold-start", "warmup-outlier", of="effect, in the baseline's mean")
+@flaw("cold-start", "warmup-outlier", of="effect, in the baseline's mean", instead=True)
 def cold_start(made, strength, rng):
     for batch in made.batches("baseline"): slow(batch[0], strength * made.effect * len(batch))
+    renumber(made)
 
 
-@flaw("step-jump", "step-time-jump", of="effect, in the baseline's mean; half of its runs jump")
+@flaw("step-jump", "step-time-jump", "slow-down", of="effect, in the baseline's mean; half of its runs jump",
+      instead=True)
 def step_jump(made, strength, rng):
     for record in made.of("baseline")[::2]: slow(record, 2 * strength * made.effect, lambda done: float(done > 0.6))
+    renumber(made)
 
 
 @flaw("not-waited-for", "impossible-time", of="half of the variant's runs")
@@ -308,7 +326,7 @@ def not_waited_for(made, strength, rng):
         if rng.random() < strength / 2: record["time_seconds"] /= 30
 
 
-@flaw("longer-than-run", "impossible-time", of="effect")
+@flaw("longer-than-run", "impossible-time", of="effect", instead=True)
 def longer_than_run(made, strength, rng):
     for record in made.of("baseline"):
         record["time_seconds"] += strength * made.effect
@@ -389,27 +407,28 @@ def shared_device(made, strength, rng):
         made.provenances[path_of(guests[0])] = origin(guests)
 
 
-def set_everywhere(records, **changes):
+def set_everywhere(made, records, **changes):
     "Override settings, as somebody would by hand."
     for record in records:
         record["config"] = record["config"] | changes
         record["config_hash"] = f"{record['config_hash'][:8]}override"
+        made.provenance(record)["config"] = record["config"]
 
 
 @flaw("fewer-epochs", "different-work", of="5 % of the variant's epochs")
 def fewer_epochs(made, strength, rng):
-    set_everywhere(made.of("det_crop"), **{"train.epochs": 9.9 * (1 - 0.05 * strength)})
+    set_everywhere(made, made.of("det_crop"), **{"train.epochs": 9.9 * (1 - 0.05 * strength)})
 
 
 @flaw("other-batch-size", "different-work", of="128 images")
 def other_batch_size(made, strength, rng):
-    set_everywhere(made.of("det_crop"), **{"train.batch_size": 1024 - int(128 * strength)})
+    set_everywhere(made, made.of("det_crop"), **{"train.batch_size": 1024 - int(128 * strength)})
 
 
 @flaw("other-validation", "different-work", of="a tenth of the validation tokens", study="gpt",
       variants=("baseline", "kv_1"), size=3)
 def other_validation(made, strength, rng):
-    set_everywhere(made.of("kv_1"), **{"evaluation.tokens": int(10_485_760 * (1 - 0.1 * strength))})
+    set_everywhere(made, made.of("kv_1"), **{"evaluation.tokens": int(10_485_760 * (1 - 0.1 * strength))})
 
 
 @flaw("fewer-ranks", "mixed-software", of="all of the variant's batches", study="gpt", variants=("baseline", "kv_1"),
@@ -420,18 +439,20 @@ def fewer_ranks(made, strength, rng):
             for record in batch: record["ranks"] = 7
 
 
-@flaw("fallback", "compile-fallback", of="effect, in the baseline's mean; half of its runs fall back", study="gpt",
-      variants=("baseline", "kv_1"), size=4)
+@flaw("fallback", "compile-fallback", of="effect, in the baseline's mean; half of its runs fall back",
+      instead=True, study="gpt", variants=("baseline", "kv_1"), size=4)
 def fallback(made, strength, rng):
     for record in made.records: record["compiled"] = dict(how="model", graphs=2, recompiles=0, fallbacks=0)
     for record in made.of("baseline")[::2]:
         record["compiled"]["fallbacks"] = 1
         slow(record, 2 * strength * made.effect)
+    renumber(made)
 
 
-@flaw("outliers", "outliers", of="effect, in the baseline's mean, by one run in ten")
+@flaw("outliers", "outliers", of="effect, in the baseline's mean, by one run in ten", instead=True)
 def outliers(made, strength, rng):
     for record in made.of("baseline")[3::10]: slow(record, 10 * strength * made.effect)
+    renumber(made)
 
 
 @flaw("other-machine", "no-baseline-on-host", of="all of the variant's batches")
@@ -479,16 +500,15 @@ def detected(mistake: Flaw, strength: float, each: int, seed: int = 0) -> dict:
     "How often a mistake of a strength is found, at which severity, and what else is serious."
     counts, elsewhere = Counter(), Counter()
     for number in range(each):
-        made = make(mistake.shape, seed + number)
-        mistake.put(made, strength, np.random.default_rng(seed + number))
-        findings = audit_case(case_of(made))
+        findings = audit_case(case_of(mistake.study(strength, seed + number)))
         severities = [f.severity for f in findings if f.id in mistake.ids]
         if severities: counts[next(s for s in ("serious", "warning", "note") if s in severities)] += 1
         elsewhere.update({f.id for f in findings if f.severity == "serious" and f.id not in mistake.ids
                           and not is_weighed(f.id)})
-    shares = {severity: counts[severity] / each for severity in ("serious", "warning", "note")}
+    shares = {severity: round(counts[severity] / each, 2) for severity in ("serious", "warning", "note")}
     also = ", ".join(f"{name} {n / each:.2g}" for name, n in elsewhere.most_common())
-    return dict(flaw=mistake.name, strength=strength, found=sum(shares.values())) | shares | {"also serious": also}
+    found = round(counts.total() / each, 2)
+    return dict(flaw=mistake.name, strength=strength, found=found) | shares | {"also serious": also}
 
 
 def load_flaws() -> None:
@@ -506,14 +526,14 @@ def main(arguments=None) -> int:
     parser.add_argument("--strength", type=float, nargs="+", default=STRENGTHS)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
-    console, serious = Console(), Counter()
+    console, serious = Console(width=110), Counter()
     chosen = list(FLAWS) if given.flaw is None else given.flaw
     rows = [detected(FLAWS[name], s, given.each, given.seed) for name in chosen for s in given.strength]
     if rows: console.print(make_table(rows, f"Mistakes put into {given.each} studies, the share found"))
     for name in chosen: console.print(f"{name}: 1 is {FLAWS[name].of}; found by {', '.join(FLAWS[name].ids)}")
     if given.studies:
         found, serious = alarms(given.studies, given.seed)
-        table = [dict(id=id, severity=severity, studies=n, share=n / given.studies)
+        table = [dict(id=id, severity=severity, studies=n, share=round(n / given.studies, 3))
                  for (id, severity), n in found.most_common()]
         console.print(make_table(table, f"Findings on {given.studies:,} clean studies"))
         seeds = f": seeds {', '.join(map(str, list(serious)[:20]))}" if serious else ""

@@ -1,4 +1,5 @@
 "The design checks of the audit: quiet on clean studies, loud on mistakes that careful authors made, never an error."
+import importlib.util
 import json
 import os
 from datetime import UTC, datetime
@@ -8,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from speedrun_nb.audit.audit import run_checks
+from speedrun_nb.audit.audit import audit_case, run_checks
 from speedrun_nb.audit.conditions import table_of
 from speedrun_nb.audit.order import drifts
 from speedrun_nb.core.runs import read_runs
@@ -273,6 +274,50 @@ def test_software_of_two_hosts():
 @pytest.mark.parametrize("n, expected", [(1, "serious"), (2, "serious"), (3, "warning"), (4, "warning"), (5, None)])
 def test_sample_sizes(n, expected):
     assert dict(found(case_of(study(blocks=n, size=1)))).get("sample-too-small") == expected
+
+
+# ---------------------------------------------------------------- mistakes put into studies
+
+def load_benchmark():
+    "benchmarks/audit.py, which makes studies and puts mistakes into them."
+    spec = importlib.util.spec_from_file_location("benchmark_of_audit", from_root("benchmarks/audit.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+BENCHMARK = load_benchmark()
+NO_MORE_THAN_A_WARNING = {"other-scipy", "outliers", "batch-effect", "two-speeds", "shared-device"}
+
+
+@pytest.mark.parametrize("name", BENCHMARK.FLAWS)
+def test_mistakes_are_found(name):
+    "At twice the effect; `python benchmarks/audit.py` has more strengths and studies."
+    mistake = BENCHMARK.FLAWS[name]
+    findings = audit_case(BENCHMARK.case_of(mistake.study(2.0, 0)))
+    severities = {f.severity for f in findings if f.id in mistake.ids}
+    assert severities and ("serious" in severities or name in NO_MORE_THAN_A_WARNING)
+
+
+def test_whole_studies_that_are_clean_have_nothing_serious():
+    found, serious = BENCHMARK.alarms(8, seed=100)
+    assert not serious and found
+
+
+def test_severity_follows_the_size():
+    "Cold starts that make an eighth of the effect do not turn the verdict; those that make all of it do."
+    mistake = BENCHMARK.FLAWS["cold-start"]
+    weights = [audit_case(BENCHMARK.case_of(mistake.study(strength, 1))) for strength in (0.125, 1.0)]
+    small, large = ({f.severity for f in findings if f.id == "warmup-outlier"} for findings in weights)
+    assert "serious" not in small and large == {"serious"}
+
+
+def test_a_flaw_on_both_sides_is_a_note():
+    made = BENCHMARK.make(BENCHMARK.Shape())
+    for record in made.records: BENCHMARK.slow(record, 0.2, lambda done: done)
+    BENCHMARK.renumber(made)
+    findings = audit_case(BENCHMARK.case_of(made))
+    assert [f.severity for f in findings if f.id == "slow-down"] == ["note"]
 
 
 # ---------------------------------------------------------------- never an error

@@ -1,5 +1,6 @@
 "The evidence against reference implementations, closed forms, published figures, simulations and degenerate input."
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,23 +9,24 @@ from itertools import product
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import ROOT
 from scipy import stats
 from statsmodels.stats.meta_analysis import effectsize_smd
 from statsmodels.stats.weightstats import CompareMeans, DescrStatsW
 
 from speedrun_nb.core.errors import SpeedrunError
 from speedrun_nb.core.study import Claim, Guard, Metric
-from speedrun_nb.evidence.verdict import compare_groups as compare
+from speedrun_nb.evidence.basis import choose
+from speedrun_nb.evidence.comparison import Question
 from speedrun_nb.evidence.groups import Group, find_group, make_group, select, split
 from speedrun_nb.evidence.guard import non_inferiority
-from speedrun_nb.evidence.paired import choose_estimate
-from speedrun_nb.evidence.verdict import effect_outcome, paragraph
+from speedrun_nb.evidence.verdict import compare_groups, facts_of, paragraph
 from speedrun_nb.stats.describe import describe, finite
 from speedrun_nb.stats.effect import cohens_d
 from speedrun_nb.stats.estimate import MINIMUM, difference
 from speedrun_nb.stats.tests import relative_interval, welch
 
-TIME = Metric("time_seconds", "training time", "s", "lower")
+TIME = Metric("time_seconds", "training time", "s", "lower", quality=False)
 ACCURACY = Metric("accuracy", "accuracy", "%", "higher", scale=100)
 METRICS = {m.name: m for m in (TIME, ACCURACY)}
 CLAIM = Claim("time_seconds", "decrease", 0.01, Guard("accuracy", 0.001))
@@ -33,10 +35,21 @@ CLAIM = Claim("time_seconds", "decrease", 0.01, Guard("accuracy", 0.001))
 pytestmark = pytest.mark.usefixtures("no_warnings")
 
 
+def compare(baseline, variant, claim=None, metrics=METRICS, metric=None):
+    return compare_groups(baseline, variant, Question(metrics, claim, metric))
+
+
+def in_turns(n):
+    "Moments of `n` batches, spread over a day."
+    return [(pd.Timestamp("2026-01-01", tz="UTC") + pd.Timedelta(days=(i + 0.5) / n)).isoformat() for i in range(n)]
+
+
 def group(name, time, accuracy, failed=0, diverged=0, duplicates=0):
-    "A group with these values, one a run."
-    first = 0 if name.startswith("b") else 1000  # no shared seeds, so no pairs
-    runs = pd.DataFrame(dict(seed=range(first, first + len(time)), repeat=0, time_seconds=time, accuracy=accuracy))
+    "A group with these values: batches of one run, which take turns with those of others, but not in blocks."
+    first, n = 0 if name.startswith("b") else 1000, len(time)  # no shared seeds, so no pairs
+    runs = pd.DataFrame(dict(
+        seed=range(first, first + n), repeat=0, batch=[f"{name}{i}" for i in range(n)], started_at=in_turns(n),
+        time_seconds=time, accuracy=accuracy))
     return Group("cifar", "full", name, f"hash-{name}", {}, runs, failed, diverged, runs.iloc[:duplicates], name)
 
 
@@ -139,13 +152,13 @@ def test_published_cifar_figures_follow_from_their_summaries():
 
 
 def test_published_hardswish_benchmark():
-    "Hardswish against GELU, 200 runs each: faster, and the accuracy guard breaks."
+    "Hardswish against GELU, 200 runs each: had each been a batch, it would be faster; and the accuracy guard breaks."
     baseline = group("gelu", exact_sample(4.052, 0.024, 200), exact_sample(0.94009, 0.00133, 200))
     variant = group("hardswish", exact_sample(4.016, 0.016, 200), exact_sample(0.93763, 0.00139, 200))
-    c = compare(baseline, variant, Claim("time_seconds", "decrease", 0.005, Guard("accuracy", 0.001)), METRICS)
+    c = compare(baseline, variant, Claim("time_seconds", "decrease", 0.005, Guard("accuracy", 0.001)))
     reference = stats.ttest_ind_from_stats(4.016, 0.016, 200, 4.052, 0.024, 200, equal_var=False)
     np.testing.assert_allclose([c.tests.welch.t, c.tests.welch.p], reference, rtol=1e-6)
-    assert c.difference.better is True and effect_outcome(c) == "established"
+    assert c.difference.better is True and facts_of(c).effect == "established"
     assert c.guard.outcome == "broken" and c.verdict.outcome == "refuted" and "the guard is broken" in paragraph(c)
 
 
@@ -204,14 +217,15 @@ def test_false_kept_and_false_broken_at_exactly_the_margin(scenario):
 
 @pytest.mark.parametrize("at_least", [0.0, 0.05])
 def test_false_verdicts_when_the_effect_is_exactly_as_claimed(at_least):
-    "On the boundary either false verdict has half of 5 %."
-    v, b = simulate(8, 8, 0.03, 0.05, mean_v=1 - at_least)
-    supported, refuted = (p_values(v, (1 - at_least) * b, alternative) < 0.025 for alternative in ("less", "greater"))
+    "On the boundary either false verdict has half of 5 %: ratios of times are compared in logarithms."
+    v, b = np.exp(simulate(8, 8, 0.03, 0.05, mean_v=1 + np.log1p(-at_least)))
+    sides = np.log(v), np.log1p(-at_least) + np.log(b)
+    supported, refuted = (p_values(*sides, alternative) < 0.025 for alternative in ("less", "greater"))
     assert near(supported.mean(), 0.025, 0.001) and near(refuted.mean(), 0.025, 0.001)
     expected = np.select([supported, refuted], ["supported", "refuted"], "undecided")
     rows = np.concatenate([np.flatnonzero(supported)[:15], np.flatnonzero(refuted)[:15], np.arange(150)])
     claim, accuracy = Claim("time_seconds", "decrease", at_least), np.full(8, 0.94)
-    found = [compare(group("b", b[i], accuracy), group("v", v[i], accuracy), claim, METRICS) for i in rows]
+    found = [compare(group("b", b[i], accuracy), group("v", v[i], accuracy), claim) for i in rows]
     assert [c.verdict.outcome for c in found] == expected[rows].tolist()
 
 
@@ -222,40 +236,125 @@ def test_no_effect_and_a_ruined_metric_are_rarely_supported():
     for _ in range(100):
         b = group("b", rng.normal(4.4, 0.05, 10), rng.normal(0.940, 0.001, 10))
         v = group("v", rng.normal(4.4, 0.05, 10), rng.normal(0.938, 0.001, 10))
-        outcomes.append(compare(b, v, CLAIM, METRICS).verdict.outcome)
+        outcomes.append(compare(b, v, CLAIM).verdict.outcome)
     assert "supported" not in outcomes and outcomes.count("refuted") > 50
 
 
-DESIGNS = {  # hosts, blocks, correlation of runs that share a seed; None: no seeds are shared
-    "plain": (1, 1, None), "hosts": (2, 1, None), "blocks": (1, 3, None), "hosts and blocks": (2, 2, 0.0),
-    "pairs": (1, 1, 0.7), "seeds that do not matter": (1, 1, 0.0)}
+# runs of one batch have a state of the machine in common
+STATE = 0.006  # standard deviation of what blocks, and batches in them, add to the logarithm of times; of runs: 0.005
 
 
-def two_sides(rng, hosts, blocks, correlation, n=12):
-    "A baseline and a variant without any effect; the variant has twice the spread."
-    place = np.arange(n)
-    shared = rng.normal(size=n) * np.sqrt(correlation or 0)
-    own = np.sqrt(1 - (correlation or 0))
-    host, block = place % hosts, place // hosts % blocks
-    for name, spread in (("b", 0.03), ("v", 0.06)):
+def sides_of_a_sweep(rng, effect=0.0, blocks=8, runs=5, hosts=1, in_blocks=True, between=STATE):
+    "A baseline and a variant in batches of some runs; time changes by `effect`, quality does not."
+    block = np.repeat(np.arange(blocks), runs)
+    together = rng.normal(0, between, blocks) + 0.3 * (np.arange(blocks) % hosts)
+    start = pd.Timestamp("2026-01-01", tz="UTC") + pd.to_timedelta(60 * block, unit="min")
+    for place, (name, change) in enumerate((("baseline", 0.0), ("variant", effect))):
+        state = together + rng.normal(0, between, blocks)
+        time = 4.4 * (1 + change) * np.exp(state[block] + rng.normal(0, 0.005, len(block)))
+        runs_made = pd.DataFrame(dict(
+            seed=np.arange(len(block)), repeat=0, host_id=[f"h{b % hosts}" for b in block], sweep="s",
+            block=block if in_blocks else None, batch=[f"{name}{b}" for b in block], time_seconds=time,
+            accuracy=rng.normal(0.94, 0.001, len(block)),
+            started_at=[(moment + pd.Timedelta(minutes=10 * place)).isoformat() for moment in start]))
+        yield Group("cifar", "full", name, name, {}, runs_made, 0, 0, runs_made.iloc[:0], name)
+
+
+SWEEPS = {  # how runs are laid out, and what is counted
+    "blocks": (dict(), "blocks"),
+    "few blocks of many runs": (dict(blocks=5, runs=12), "blocks"),
+    "blocks on two hosts": (dict(blocks=10, hosts=2), "blocks"),
+    "batches in no blocks": (dict(in_blocks=False), "batches"),
+    "batches that do not matter": (dict(between=0.0), "blocks")}
+SWEPT = 50
+
+
+def slack(rate, n): return 3 * np.sqrt(rate * (1 - rate) / n)
+
+
+def judged_sweeps(name, at_least):
+    "Sweeps in which the effect is exactly what is claimed, or nothing."
+    layout, method = SWEEPS[name]
+    rng, claim = np.random.default_rng(21), Claim("time_seconds", "decrease", at_least)
+    found = [compare(*sides_of_a_sweep(rng, -at_least, **layout), claim) for _ in range(SWEPT)]
+    assert {c.raw.method for c in found} == {method} and {c.basis.unit for c in found} == {"batch"}
+    return found
+
+
+def rarely(errors, rate):
+    "Are there so few errors that the rate may be theirs?"
+    return np.sum(errors) <= stats.binom.ppf(0.998, len(errors), rate)
+
+
+@pytest.mark.parametrize("name, at_least", [*product(SWEEPS, [0.0]), ("blocks", 0.01)])
+def test_verdicts_keep_their_error_rates_where_batches_differ(name, at_least):
+    "Either false verdict has 2.5 %, and intervals hold the truth; a test as if runs were independent does not."
+    found = judged_sweeps(name, at_least)
+    for wrong in ("supported", "refuted"): assert rarely([c.verdict.outcome == wrong for c in found], 0.025), wrong
+    intervals = [c.raw.ci95_relative for c in found]
+    assert rarely([not low <= -at_least <= high for low, high in intervals], 0.05)
+    if at_least: return
+    assert rarely([c.tests.permutation.p < 0.05 for c in found], 0.05)
+    naive = [c.tests.welch.p < 0.05 for c in found]
+    if name == "batches that do not matter": assert rarely(naive, 0.05)
+    elif name != "blocks on two hosts": assert not rarely(naive, 0.05) and np.mean(naive) > 0.2
+
+
+def test_a_true_claim_is_supported_and_one_that_is_too_bold_is_refuted():
+    rng = np.random.default_rng(22)
+    for at_least, outcome in ((0.01, "supported"), (0.05, "refuted")):
+        claim = Claim("time_seconds", "decrease", at_least)
+        outcomes = [compare(*sides_of_a_sweep(rng, -0.03, blocks=12), claim).verdict.outcome for _ in range(15)]
+        assert outcomes.count(outcome) > 10 and not set(outcomes) - {outcome, "undecided"}
+
+
+def test_one_batch_a_side_shows_nothing_of_times_however_many_its_runs():
+    claim = Claim("time_seconds", "decrease", 0.01)
+    c = compare(*sides_of_a_sweep(np.random.default_rng(23), -0.05, blocks=1, runs=300), claim)
+    assert c.tests.welch.p < 1e-50 and c.raw.ci95 is c.raw.p is None and c.verdict.outcome == "undecided"
+    assert "there is 1" in paragraph(c) and "p <" not in paragraph(c)
+
+
+def test_times_that_were_not_measured_in_turns_decide_nothing():
+    rng, claim = np.random.default_rng(24), Claim("time_seconds", "decrease", 0.01)
+    baseline, variant = sides_of_a_sweep(rng, -0.05, blocks=12, in_blocks=False)
+    later = replace(variant, runs=variant.runs.assign(started_at="2026-03-01T00:00:00+00:00"))
+    assert compare(baseline, variant, claim).verdict.outcome == "supported"
+    c = compare(baseline, later, claim)
+    assert c.verdict.outcome == "undecided" and "not run in turns" in paragraph(c)
+
+
+QUALITIES = {  # of a quality: hosts, batches a host, how much hosts and batches differ, correlation of equal seeds
+    "plain": (1, 6, 0.0, None), "hosts": (2, 6, 0.0, None), "pairs": (1, 6, 0.0, 0.7),
+    "seeds that do not matter": (1, 6, 0.0, 0.0), "batches matter": (1, 10, 0.003, None)}
+
+
+def two_qualities(rng, hosts, batches, between, correlation, runs=4):
+    "A baseline and a variant alike in quality; the variant has twice the spread."
+    place = np.arange(hosts * batches * runs)
+    shared = rng.normal(size=len(place)) * np.sqrt(correlation or 0)
+    own, batch = np.sqrt(1 - (correlation or 0)), place // runs
+    for name, spread in (("b", 0.001), ("v", 0.002)):
         first = 1000 if correlation is None and name == "v" else 0
-        times = 4.4 + 1.2 * host + 0.05 * block + spread * (shared + own * rng.normal(size=n))
-        runs = pd.DataFrame(dict(seed=place + first, repeat=0, host_id=[f"h{h}" for h in host], block=block,
-                                 time_seconds=times))
-        yield Group("cifar", "full", name, name, {}, runs, 0, 0, runs.iloc[:0], name)
+        values = 0.94 + spread * (shared + own * rng.normal(size=len(place)))
+        values += rng.normal(0, between, hosts * batches)[batch]
+        runs_made = pd.DataFrame(dict(seed=place + first, repeat=0, host_id=[f"h{b % hosts}" for b in batch],
+                                      block=batch, batch=batch, accuracy=values + 0.01 * (batch % hosts)))
+        yield Group("cifar", "full", name, name, {}, runs_made, 0, 0, runs_made.iloc[:0], name)
 
 
-@pytest.mark.parametrize("design", DESIGNS)
+@pytest.mark.parametrize("design", QUALITIES)
 def test_the_estimate_that_the_design_asks_for_keeps_its_error_rate(design):
     "Without any effect, 5 % of the answers are significant, whichever rule chooses the estimate."
-    hosts, blocks, correlation = DESIGNS[design]
-    rng = np.random.default_rng(8)
-    found = [choose_estimate(*two_sides(rng, hosts, blocks, correlation), TIME) for _ in range(600)]
-    methods, slack = {e.method for e in found}, 3 * np.sqrt(0.05 * 0.95 / 600)
-    assert methods <= ({"stratified"} if hosts * blocks > 1 else {"paired", "welch"})
+    rng, n = np.random.default_rng(8), 150
+    found = [choose(*two_qualities(rng, *QUALITIES[design]), ACCURACY) for _ in range(n)]
+    methods, estimates = {f.basis.method for f in found}, [f.estimate for f in found]
+    allowed = {"hosts": {"stratified", "blocks"}, "batches matter": {"blocks", "welch"}}
+    assert methods <= allowed.get(design, {"paired", "welch", "blocks"})
     assert design != "pairs" or "paired" in methods
-    assert np.mean([e.p() < 0.05 for e in found]) < 0.05 + slack
-    assert np.mean([e.interval()[0] <= 0 <= e.interval()[1] for e in found]) > 0.95 - slack
+    assert design != "batches matter" or np.mean([f.basis.method == "blocks" for f in found]) > 0.95
+    assert np.mean([e.p() < 0.05 for e in estimates]) < 0.05 + slack(0.05, n)
+    assert np.mean([e.interval()[0] <= 0 <= e.interval()[1] for e in estimates]) > 0.95 - slack(0.05, n)
 
 
 # ---------------------------------------------------------------- verdicts
@@ -266,14 +365,14 @@ def test_claims_to_increase():
     outcomes = {}
     for accuracy, time in product((0.942, 0.940, 0.938), (4.4, 5.0)):
         v = group("v", exact_sample(time, 0.05, 20), exact_sample(accuracy, 0.001, 20))
-        outcomes[accuracy, time] = compare(baseline, v, claim, METRICS).verdict.outcome
+        outcomes[accuracy, time] = compare(baseline, v, claim).verdict.outcome
     assert outcomes.pop((0.942, 4.4)) == "supported" and set(outcomes.values()) == {"refuted"}
 
 
 def test_too_few_runs_are_undecided_however_large_the_effect():
     def halved(n, m):
         b = group("b", exact_sample(4.4, 0.01, n), exact_sample(0.94, 1e-5, n))
-        return compare(b, group("v", exact_sample(2.2, 0.01, m), exact_sample(0.94, 1e-5, m)), CLAIM, METRICS)
+        return compare(b, group("v", exact_sample(2.2, 0.01, m), exact_sample(0.94, 1e-5, m)), CLAIM)
     for n, m in ((4, 50), (50, 4), (2, 2)):
         c = halved(n, m)
         assert c.verdict.outcome == c.guard.outcome == "undecided" and "too early" in paragraph(c)
@@ -283,7 +382,7 @@ def test_too_few_runs_are_undecided_however_large_the_effect():
 
 def test_too_few_values_of_the_guards_metric_do_not_support():
     v = group("v", exact_sample(4.2, 0.01, 10), [0.94, 0.941, 0.942, 0.943] + [None] * 6)
-    c = compare(group("b", exact_sample(4.4, 0.01, 10), exact_sample(0.93, 0.001, 10)), v, CLAIM, METRICS)
+    c = compare(group("b", exact_sample(4.4, 0.01, 10), exact_sample(0.93, 0.001, 10)), v, CLAIM)
     assert c.guard.outcome == c.verdict.outcome == "undecided" and "guard is not judged yet" in paragraph(c)
 
 
@@ -293,18 +392,18 @@ def test_too_few_values_of_the_guards_metric_do_not_support():
 def test_words_never_leave_the_direction_of_a_time_open(time, words):
     b = group("b", exact_sample(4.4, 0.05, 20), exact_sample(0.94, 0.001, 20))
     v = group("v", exact_sample(time, 0.05, 20), exact_sample(0.94, 0.001, 20))
-    assert words in paragraph(compare(b, v, CLAIM, METRICS))
+    assert words in paragraph(compare(b, v, CLAIM))
 
 
 def test_words_never_leave_the_direction_of_an_accuracy_open():
     b = group("b", exact_sample(4.4, 0.05, 20), exact_sample(0.94, 0.001, 20))
-    c = compare(b, group("v", exact_sample(4.4, 0.05, 20), exact_sample(0.95, 0.001, 20)), None, METRICS, "accuracy")
+    c = compare(b, group("v", exact_sample(4.4, 0.05, 20), exact_sample(0.95, 0.001, 20)), None, metric="accuracy")
     assert "1.000 percentage points more, which is better" in paragraph(c)
 
 
 def test_claim_on_another_metric_decides_nothing():
     b, v = (group(n, exact_sample(t, 0.01, 10), exact_sample(0.94, 0.001, 10)) for n, t in (("b", 4.4), ("v", 4.2)))
-    c = compare(b, v, CLAIM, METRICS, metric="accuracy")
+    c = compare(b, v, CLAIM, metric="accuracy")
     assert c.claim is None and c.guard is None and c.verdict.outcome == "undecided"
     assert "No claim about accuracy" in paragraph(c)
 
@@ -334,7 +433,7 @@ DECREASE = Claim("time_seconds", "decrease", 0.01)
 def test_hard_samples_end_in_a_clear_statement(b, v):
     for claim in (CLAIM, None):
         sides = group("base", HARD[b], HARD[b], failed=1), group("var", HARD[v], HARD[v], diverged=2)
-        c = compare(*sides, claim, METRICS, "time_seconds")
+        c = compare(*sides, claim, metric="time_seconds")
         text = json.dumps(c.as_dict(), allow_nan=False)  # refuses NaN and infinities
         assert json.loads(text) == c.as_dict()
         words = paragraph(c)
@@ -347,16 +446,16 @@ def test_hard_samples_end_in_a_clear_statement(b, v):
 
 def test_rounding_errors_are_not_significant():
     assert welch([0.1 + 0.2] * 6, [0.3] * 6) is None
-    c = compare(group("b", [0.3] * 6, [0.9] * 6), group("v", [0.1] * 6, [0.9] * 6), CLAIM, METRICS)
-    assert c.tests.welch is None and c.verdict.outcome == "undecided" and "all runs gave the same value" in paragraph(c)
+    c = compare(group("b", [0.3] * 6, [0.9] * 6), group("v", [0.1] * 6, [0.9] * 6), CLAIM)
+    assert c.tests.welch is None and c.verdict.outcome == "undecided" and "all gave the same value" in paragraph(c)
 
 
 def test_a_baseline_mean_of_zero_has_no_relative_change():
     v = group("v", VARIED, VARIED)
-    c = compare(group("b", HARD["around zero"], VARIED), v, DECREASE, METRICS)
+    c = compare(group("b", HARD["around zero"], VARIED), v, DECREASE)
     assert c.difference.relative is None and c.difference.ci95 and c.verdict.outcome == "undecided"
     assert "not above zero" in paragraph(c)
-    c = compare(group("b", [0.1, -0.1, 0.2, -0.1, 0.1], VARIED[:5]), v, DECREASE, METRICS)
+    c = compare(group("b", [0.1, -0.1, 0.2, -0.1, 0.1], VARIED[:5]), v, DECREASE)
     assert c.difference.relative and c.difference.ci95_relative is None and "cannot be told from zero" in paragraph(c)
 
 
@@ -375,9 +474,9 @@ def test_what_cannot_be_compared():
     b, v = group("b", VARIED, VARIED), group("v", VARIED, VARIED)
     pairs = {"same group": (b, b), "profile": (b, replace(v, profile="demo")), "study": (replace(b, study="gpt"), v)}
     for words, pair in pairs.items():
-        with pytest.raises(SpeedrunError, match=words): compare(*pair, CLAIM, METRICS)
-    with pytest.raises(SpeedrunError, match='Did you mean "time_seconds"'): compare(b, v, CLAIM, METRICS, "time_second")
-    assert compare(b, v, None, METRICS).metric is TIME  # without a claim, time
+        with pytest.raises(SpeedrunError, match=words): compare(*pair, CLAIM)
+    with pytest.raises(SpeedrunError, match='Did you mean "time_seconds"'): compare(b, v, CLAIM, metric="time_second")
+    assert compare(b, v, None).metric is TIME  # without a claim, time
 
 
 # ---------------------------------------------------------------- the documented object
@@ -385,44 +484,64 @@ def test_what_cannot_be_compared():
 DESCRIBED = ["n", "missing", "mean", "sd", "median", "min", "max", "ci95", "ci99", "percentiles", "cv"]
 
 
+ANSWER = [
+    "method", "absolute", "relative", "ci95", "ci95_relative", "p", "p_claim", "better", "watched", "statistic",
+    "within"]
+BASIS = ["unit", "method", "units", "apart", "interleaved", "unused", "batch_effect"]
+
+
 def test_json_shape():
-    c = compare(group("b", VARIED, VARIED), group("v", VARIED, VARIED), CLAIM, METRICS).as_dict()
-    assert c["schema"] == 2
+    c = compare(group("b", VARIED, VARIED), group("v", VARIED, VARIED), CLAIM).as_dict()
+    assert c["schema"] == 3
     assert list(c) == [
         "schema", "study", "profile", "metric", "better", "claim", "baseline", "variant", "difference", "tests",
-        "effect", "strata", "stratified", "paired", "guard", "frontier", "target", "family", "estimate", "findings",
-        "verdict"]
+        "effect", "basis", "hosts", "across_hosts", "paired", "guard", "frontier", "target", "family", "raw",
+        "estimate", "fixed", "findings", "verdict"]
     side = [*DESCRIBED, "name", "variant", "config_hash", "failed", "diverged", "duplicates"]
     assert list(c["baseline"]) == list(c["variant"]) == side
     assert set(c["difference"]) == {"absolute", "relative", "ci95", "ci95_relative", "bca95", "better"}
     assert list(c["effect"]) == ["cohens_d", "hedges_g", "ci95", "probability_better"]
+    assert list(c["raw"]) == list(c["estimate"]) == ANSWER and list(c["basis"]) == BASIS
     assert list(c["verdict"]) == ["outcome", "reasons"]
-    assert c["strata"] == [] and c["stratified"] is c["paired"] is c["frontier"] is c["target"] is c["family"] is None
+    assert c["hosts"] == [] and all(c[name] is None for name in (
+        "across_hosts", "paired", "frontier", "target", "family", "fixed"))
 
 
 def test_json_shape_of_tests():
-    c = compare(group("b", VARIED, VARIED), group("v", VARIED, VARIED), CLAIM, METRICS).as_dict()
+    c = compare(group("b", VARIED, VARIED), group("v", VARIED, VARIED), CLAIM).as_dict()
     assert {name: set(test) for name, test in c["tests"].items()} == {
         "welch": {"t", "df", "p"}, "student": {"t", "p"}, "mann_whitney": {"u", "p"},
         "permutation": {"p", "exact", "smallest_p", "permutations"},
         "levene": {"p"}, "shapiro": {"baseline", "variant"}}
     assert list(c["guard"]) == [
-        "metric", "margin", "baseline", "variant", "difference", "bound", "lower_bound", "p", "outcome", "equivalence"]
-    assert list(c["guard"]["baseline"]) == DESCRIBED
+        "metric", "margin", "baseline", "variant", "difference", "bound", "lower_bound", "p", "outcome", "equivalence",
+        "basis"]
+    assert list(c["guard"]["baseline"]) == DESCRIBED and list(c["guard"]["basis"]) == BASIS
     assert list(c["guard"]["equivalence"]) == ["equivalent", "p", "ci90"]
 
 
-def test_json_shape_of_strata_and_pairs():
-    rng = np.random.default_rng(3)
-    def side(name, effect):
-        times = rng.normal(4.4 + effect, 0.05, 12)
-        runs = pd.DataFrame(dict(seed=range(12), repeat=0, host_id=["a", "b"] * 6, time_seconds=times, accuracy=0.94))
-        return Group("cifar", "full", name, name, {}, runs, 0, 0, runs.iloc[:0], name)
-    c = compare(side("b", 0), side("v", -0.2), None, METRICS).as_dict()
-    assert [s["name"] for s in c["strata"]] == ["host a", "host b"] and c["estimate"]["method"] == "stratified"
-    assert set(c["strata"][0]["difference"]) == set(c["difference"])
-    assert c["stratified"].keys() >= {"absolute", "relative", "se", "z", "p", "ci95", "heterogeneity_p", "random"}
-    assert c["paired"].keys() >= {"n", "mean", "t", "p", "ci95", "correlation"} and c["paired"]["n"] == 12
+def test_json_shape_of_hosts_and_pairs():
+    sides = [*sides_of_a_sweep(np.random.default_rng(3), -0.03, blocks=8, hosts=2)]
+    c = compare(*sides).as_dict()
+    assert [h["name"] for h in c["hosts"]] == ["host h0", "host h1"] and c["estimate"]["method"] == "blocks"
+    assert list(c["hosts"][0]) == ["name", "n_baseline", "n_variant", "units", "difference"]
+    assert set(c["hosts"][0]["difference"]) == set(c["difference"])
+    assert list(c["across_hosts"]) == [
+        "hosts", "q", "p", "i2", "heterogeneous", "tau2", "mean", "ci95", "prediction95"]
+    assert set(c["basis"]["batch_effect"]) == {
+        "f", "df_between", "df_within", "p", "sd_between", "sd_within", "shown"}
+    pairs = compare(*sides, metric="accuracy").as_dict()["paired"]
+    assert pairs.keys() >= {"n", "mean", "t", "p", "ci95", "correlation"} and pairs["n"] == 40
+    watched = compare_groups(*sides, Question(METRICS, watched=True)).as_dict()
+    assert list(watched["fixed"]) == ANSWER and watched["raw"]["watched"] and not watched["fixed"]["watched"]
+
+
+def test_the_rule_is_told_alike_in_the_readme_and_in_its_notebook():
+    def five(text): return re.findall(r"^([1-5]\. .+)$", text, re.MULTILINE)
+    cells = json.loads((ROOT / "nbs/evidence/07_rule.ipynb").read_text(encoding="utf-8"))["cells"]
+    notebook = five("\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").partition("### What a verdict says")[2]
+    assert len(notebook) == 5 and five(readme)[:5] == notebook
 
 
 # ---------------------------------------------------------------- groups

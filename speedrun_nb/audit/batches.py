@@ -17,7 +17,7 @@ from scipy import stats
 from .conditions import table_of
 from .counted import qualities
 from .findings import SEVERITIES, Finding, check, find
-from .weight import pairs_of
+from .weight import compared_pairs
 from ..core.words import listed, p_value, rough_amount
 from ..evidence.basis import choose
 from ..evidence.case import Case
@@ -85,7 +85,7 @@ _SURE = 0.01  # p below which there is an effect of the batch
 
 def _counts_batches(case:Case, metric:str)->bool:
     "Do the estimates of all pairs count batches rather than runs?"
-    return all(choose(*pair, case.study.metrics[metric]).basis.unit == "batch" for pair in pairs_of(case))
+    return all(choose(*pair, case.study.metrics[metric]).basis.unit == "batch" for pair in compared_pairs(case))
 
 def _effects(case:Case)->Iterator[tuple[str, str, pd.DataFrame, BatchSpread]]:
     "Metric, place, runs and effect, wherever batches matter."

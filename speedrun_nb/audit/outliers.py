@@ -80,19 +80,39 @@ def stands_apart(
     return float(modified_z(np.array([first]), others)[0] / first_threshold(len(others)))
 
 # %% ../../nbs/audit/10_outliers.ipynb #cell-16
+_BATCHES, _AGREED = 5, 1e-4  # batches whose first runs agree that they are slower; p of that by chance
+
+def _agreed(
+    excess:np.ndarray,  # (batches,) time of the first run less the median of the others, as a part of it
+)->float:               # how far beyond the threshold, as a factor; 0 where they do not agree
+    "How surely the first runs of batches are slower, one with another."
+    if len(excess) < _BATCHES or np.ptp(excess) == 0: return 0.0
+    p = stats.ttest_1samp(excess, 0, alternative="greater").pvalue
+    return float(np.log(p) / np.log(_AGREED)) if p > 0 else np.inf
+
+def _first_runs(case:Case)->pd.DataFrame:
+    "Row in the table of counted runs, group, how unlike the others and excess of the first run of every batch."
+    table, found = counted(case), []
+    times, position = table["time_seconds"].to_numpy(), table["position"].to_numpy()
+    groups = table["group"].to_numpy()
+    for rows in table.groupby("unit").indices.values():
+        rows = rows[np.isfinite(times[rows])]
+        if len(rows) < 3 or position[rows[0]] > 0: continue
+        first, others = times[rows[0]], times[rows[1:]]
+        excess = first / np.median(others) - 1 if np.median(others) else 0.0
+        found.append((rows[0], groups[rows[0]], stands_apart(first, others), excess))
+    return pd.DataFrame(found, columns=["row", "group", "apart", "excess"])
+
+# %% ../../nbs/audit/10_outliers.ipynb #x
 @once
 def warmups(
     case:Case,
 )->dict[int, float]:  # row in the table of counted runs -> how clearly, as a factor above 1
-    "First runs that are unlike the others of their batch."
-    table, found = counted(case), {}
-    times = table["time_seconds"].to_numpy()
-    for rows in table.groupby("unit").indices.values():
-        rows = rows[np.isfinite(times[rows])]
-        if not len(rows) or table["position"].iloc[rows[0]] > 0: continue
-        first, *others = times[rows]
-        found[int(rows[0])] = stands_apart(first, np.array(others))
-    return {row: factor for row, factor in found.items() if factor > 1}
+    "First runs that are unlike the others of their batch, alone or because those of many batches agree."
+    firsts = _first_runs(case)
+    agreed = {group: _agreed(mine["excess"].to_numpy()) for group, mine in firsts.groupby("group")}
+    factor = np.maximum(firsts["apart"], firsts["group"].map(agreed) * (firsts["excess"] > 0))
+    return {int(row): float(each) for row, each in zip(firsts["row"], factor, strict=True) if each > 1}
 
 # %% ../../nbs/audit/10_outliers.ipynb #cell-19
 _BEYOND_DOUBT = 3  # times the threshold; an outlier of the usual noise may well be the first

@@ -105,7 +105,7 @@ def series_of(case:Case)->list[Intervals]:
     return interval_times(column(case, "curve"))
 
 # %% ../../nbs/audit/07_steps.ipynb #cell-17
-JUMP = 1.15  # ratio of the step times after and before
+JUMP = 1.05  # ratio of the step times after and before
 
 def _noise(times:np.ndarray)->np.ndarray:
     "The robust standard deviation of each run, from neighbouring intervals."

@@ -9,7 +9,7 @@ __all__ = ['check_different_work']
 from collections.abc import Iterator
 
 from .findings import Finding, check, find
-from .weight import claims_of, pairs_of
+from .weight import claims_of, compared_pairs
 from ..core.errors import SpeedrunError
 from ..core.variants import resolve, variant_names
 from ..core.words import listed
@@ -55,7 +55,7 @@ def _unequal(severity:str, text:str, pairs:list[tuple[Group, Group]], difference
 def check_different_work(case:Case)->Iterator[Finding]:
     "Serious, unless the variant's own file says it and its claim has a guard: then a note that the frontier decides."
     alike = {}
-    for baseline, variant in pairs_of(case):
+    for baseline, variant in compared_pairs(case):
         if baseline.variant == variant.variant: continue  # one variant at several budgets is a frontier
         differences = [each for each in different_work(baseline, variant, case.study) if each[0] != "ranks"]
         if not differences: continue

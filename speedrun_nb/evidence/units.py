@@ -34,7 +34,8 @@ def _moments(group:Group, name:str)->pd.Series:
 def _ends(group:Group, first:pd.Series)->pd.Series:
     "When runs ended; by the clock where only their start was recorded."
     took = pd.to_timedelta(pd.Series(numbers_of(group, "time_seconds"), index=first.index), unit="s")
-    return _moments(group, "ended_at").fillna(first + took)
+    ended = _moments(group, "ended_at")
+    return ended.where(ended.notna(), first + took)
 
 # %% ../../nbs/evidence/01_units.ipynb #cell-08
 @once

@@ -405,13 +405,18 @@ COMPARISON = {
     "difference": {"absolute", "relative", "ci95", "ci95_relative", "better"},
     "tests": {"welch", "student", "mann_whitney", "permutation", "levene", "shapiro"},
     "effect": {"cohens_d", "hedges_g", "ci95", "probability_better"},
-    "strata": None,
-    "stratified": None,
-    "paired": {"n", "mean", "t", "p", "ci95", "correlation"},
+    "basis": {"unit", "method", "units", "apart", "interleaved", "unused", "batch_effect"},
+    "hosts": None,
+    "across_hosts": None,
+    "paired": None,
     "frontier": None,
     "target": None,
-    "family": {"method", "p_adjusted"},
-    "estimate": {"method", "absolute", "p"},
+    "race": None,
+    "robust": {"unit", "main", "chance", "lines", "changes"},
+    "family": {"method", "p", "p_adjusted"},
+    "raw": {"method", "absolute", "p"},
+    "estimate": {"method", "absolute", "relative", "ci95", "ci95_relative", "p", "p_claim", "better", "watched"},
+    "fixed": None,
     "findings": None,
     "guard": {"metric", "margin", "difference", "bound", "p", "outcome"},
     "verdict": {"outcome", "reasons"},
@@ -429,6 +434,9 @@ def test_compare_as_json(speedrun, simulated):
     assert low < result["difference"]["absolute"] < high < 0 and -0.12 < result["difference"]["relative"] < -0.08
     assert result["baseline"]["n"] == 8
     assert result["tests"]["welch"].keys() >= {"t", "df", "p"} and result["tests"]["welch"]["p"] < 1e-6
+    basis, estimate = result["basis"], result["estimate"]
+    assert (basis["unit"], basis["method"], basis["units"]) == ("batch", "blocks", 8)
+    assert estimate["p"] < 0.001 and result["tests"]["permutation"]["p"] == 2 / 2**8  # signs of eight blocks
     assert result["effect"]["cohens_d"] > 2
 
 
@@ -436,12 +444,14 @@ def test_compare_in_words(speedrun, simulated):
     done = speedrun("compare", "cifar", "baseline", "random_crop_backoff", "--outputs", simulated)
     assert done.code == 0 and re.search(r"^refuted$", done.out, re.MULTILINE) and "not with CIFAR-10" in done.out
     assert all(name in done.out for name in ("baseline", "random_crop_backoff", "95 % interval", "profile demo"))
+    assert all(words in done.out for words in ("what is counted", "8 blocks", "as if all runs were independent"))
     other = strict_json(
         speedrun(
             "compare", "cifar", "baseline", "det_crop", "--metric", "accuracy", "--outputs", simulated, "--json"
         ).out
     )
     assert other["metric"] == "accuracy" and other["claim"] is None and other["difference"]["absolute"] > 0
+    assert other["basis"]["unit"] == "run" and other["paired"].keys() >= {"n", "mean", "t", "p", "ci95", "correlation"}
 
 
 @pytest.mark.parametrize("arguments, expected", [

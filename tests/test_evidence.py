@@ -495,8 +495,8 @@ def test_json_shape():
     assert c["schema"] == 3
     assert list(c) == [
         "schema", "study", "profile", "metric", "better", "claim", "baseline", "variant", "difference", "tests",
-        "effect", "basis", "hosts", "across_hosts", "paired", "guard", "frontier", "target", "family", "raw",
-        "estimate", "fixed", "findings", "verdict"]
+        "effect", "basis", "hosts", "across_hosts", "paired", "guard", "frontier", "target", "race", "robust", "family",
+        "raw", "estimate", "fixed", "findings", "verdict"]
     side = [*DESCRIBED, "name", "variant", "config_hash", "failed", "diverged", "duplicates"]
     assert list(c["baseline"]) == list(c["variant"]) == side
     assert set(c["difference"]) == {"absolute", "relative", "ci95", "ci95_relative", "bca95", "better"}
@@ -504,7 +504,8 @@ def test_json_shape():
     assert list(c["raw"]) == list(c["estimate"]) == ANSWER and list(c["basis"]) == BASIS
     assert list(c["verdict"]) == ["outcome", "reasons"]
     assert c["hosts"] == [] and all(c[name] is None for name in (
-        "across_hosts", "paired", "frontier", "target", "family", "fixed"))
+        "across_hosts", "paired", "frontier", "target", "race", "family", "fixed"))
+    assert list(c["robust"]) == ["metric", "at_least", "unit", "main", "chance", "lines", "changes"]
 
 
 def test_json_shape_of_tests():

@@ -133,9 +133,9 @@ def test_headline_within_machines(compared):
     assert e["method"] == "hosts" and c["basis"]["units"] == 2 and e["statistic"].endswith("df = 1")
     np.testing.assert_allclose(e["ci95_relative"], np.expm1([logs.mean() - half, logs.mean() + half]), rtol=1e-9)
     assert np.isclose(e["p"], stats.ttest_1samp(logs, 0).pvalue) and np.isclose(e["relative"], np.expm1(logs.mean()))
-    assert printed(100 * e["relative"], "-2.70") and printed(e["absolute"], "-0.1395")
-    serious = {f["id"] for f in c["findings"] if f["severity"] == "serious"}
-    assert c["verdict"]["outcome"] == "untrustworthy" and "order-drift" in serious
+    assert printed(100 * e["relative"], "-2.70") and printed(e["absolute"], "-0.1448")  # mean of ratios, of differences
+    found = {f["id"] for f in c["findings"] if f["severity"] in ("serious", "warning")}
+    assert c["verdict"]["outcome"] == "undecided" and found >= {"order-drift", "not-interleaved"}
 
 
 # three conditions of 200 runs, one after the other; tests are printed as baseline minus variant
@@ -230,10 +230,10 @@ def test_what_the_right_unit_leaves_of_published_claims(compared, arguments, tes
 SERIOUS = [
     ("cifar", "same-computation", "ablation_random_translate", "deterministic_translate"),
     ("cifar", "settings-differ", "ablation_random_translate"),
-    ("cifar", "order-drift", "baseline", "det_crop_backoff"),
     ("cifar", "order-drift", "benchmark_baseline", "hardswish"),
     ("gpt", "step-time-jump", "depth_warming_stage_a")]
-FOUND = [
+FOUND = [  # of the headline nothing is decided anyway, so its drift is a warning
+    ("cifar", "order-drift", "baseline", "det_crop_backoff"),
     ("cifar", "not-interleaved", "baseline", "det_crop_backoff"),
     ("cifar", "mixed-hosts", "baseline"),
     ("cifar", "repeated-seed", "baseline"),
@@ -281,6 +281,6 @@ def test_paper_of_published_runs(outputs):
     from speedrun_nb.report.study import load_report
     report = load_report("cifar", outputs)
     assert report.profile == "published" and report.groups[0].variant == "baseline"
-    assert report.comparison("det_crop_backoff").verdict.outcome == "untrustworthy"
+    assert report.comparison("det_crop_backoff").verdict.outcome == "undecided"
     assert "order-drift" in evidence.threats(report) and "det_crop_backoff" in words.verdicts(report)
     assert "−" not in words.abstract(report)

@@ -11,18 +11,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pandas as pd
 
 from ..core.errors import SpeedrunError, one_of
 from ..core.study import Claim, Metric, Target
 from .answer import Answer, answer_of, judged
-from .basis import Basis
+from .basis import Basis, choose
 from .frontier import Frontier, frontier
 from .groups import Group
 from .guard import GuardResult, guard_groups
 from .hosts import HostEffect, agreement_of_hosts, host_effects
 from .paired import Paired, paired
+from .robust import Robust, robust
 from .strata import AcrossHosts, samples
-from .target import TargetResult, target
+from .target import Race, TargetResult, run_race, target
 from .units import batch_means, blocks_of
 from ..stats.bootstrap import bca_interval
 from ..stats.describe import Description, describe, plain
@@ -52,6 +54,7 @@ class Question:
     metric:str|None=None             # compared; None: the claim's, or time
     budgets:tuple[Group,...]=()      # the baseline trained for several budgets, itself included
     goal:Target|None=None            # of the speedrun
+    records:pd.DataFrame|None=None   # every record of the case, failed runs included; None: they are not known
     family:Family|None=None          # the other comparisons with this baseline; None: there are none
     watched:bool=False               # were the runs looked at all along, and stopped when it was decided?
     findings:tuple=()                # of the audit, each a `speedrun_nb.audit.findings.Finding`, that concern the two
@@ -164,7 +167,7 @@ class Verdict:
 
 COMPARISON_SCHEMA = 3
 _PARTS = ("baseline", "variant", "difference", "tests", "effect", "basis", "hosts", "across_hosts", "paired", "guard",
-          "frontier", "target", "family", "raw", "estimate", "fixed")
+          "frontier", "target", "race", "robust", "family", "raw", "estimate", "fixed")
 
 # %% ../../nbs/evidence/08_comparison.ipynb #cell-23
 def _shown(part)->object:
@@ -185,6 +188,8 @@ class Comparison(Results):
     hosts:tuple[HostEffect,...]   # empty for a single one
     across_hosts:AcrossHosts|None # do they agree? None with fewer than two intervals
     paired:Paired|None            # of a quality; None if no seeds are shared
+    race:Race|None                # to the target, failed runs counted; None if there is no target
+    robust:Robust                 # trimmed means, medians, the chance of a better run; as if looked at once
     fixed:Answer|None             # of what was looked at all along: the difference as if there had been one look
     findings:tuple                # of the audit, each a `speedrun_nb.audit.findings.Finding`, that concern these runs
     verdict:Verdict
@@ -227,6 +232,17 @@ def results(baseline:Group, variant:Group, question:Question)->Results:
         target=target(baseline, variant, question.goal, question.metrics), family=question.family)
 
 # %% ../../nbs/evidence/08_comparison.ipynb #cell-32
+def _race(baseline:Group, variant:Group, question:Question)->Race|None:
+    "Times to the target with failures counted; None without a target, or where failed runs are not known."
+    goal = question.goal
+    if goal is None or question.records is None: return None
+    return run_race(baseline, variant, goal, question.metrics, question.records)
+
+def _robust(baseline:Group, variant:Group, question:Question)->Robust:
+    "Do odd values matter for the claim, or for any improvement?"
+    at_least = question.promised.at_least if question.promised else 0.0
+    return robust(baseline, variant, question.compared, at_least, choose(baseline, variant, question.compared))
+
 def measure_groups(
     baseline:Group,
     variant:Group,
@@ -242,4 +258,5 @@ def measure_groups(
         **vars(found), study=variant.study, profile=variant.profile, fixed=fixed,
         tests=_tests(baseline, variant, metric, found.basis), effect=effect(v, b, metric.better), hosts=hosts,
         across_hosts=agreement_of_hosts(hosts), findings=question.findings, verdict=Verdict("undecided", ()),
+        race=_race(baseline, variant, question), robust=_robust(baseline, variant, question),
         paired=paired(baseline, variant, metric) if metric.quality else None)

@@ -50,8 +50,8 @@ def question_of(
     "What is asked of two groups of a case."
     budgets = budget_groups(list(case.groups), baseline, case.study.budget)
     return Question(
-        case.study.metrics, claim, metric, tuple(budgets), goal_of(case, baseline), watched=was_watched(case, variant),
-        findings=tuple(findings))
+        case.study.metrics, claim, metric, tuple(budgets), goal_of(case, baseline), case.rows,
+        watched=was_watched(case, variant), findings=tuple(findings))
 
 # %% ../../nbs/evidence/08_families.ipynb #cell-08
 def _planned(plan:SweepPlan)->dict[str,str]:

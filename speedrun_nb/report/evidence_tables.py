@@ -15,7 +15,8 @@ from ..audit.findings import Finding
 from ..core.study import Metric
 from ..core.words import count, finer, half, percent, span
 from ..evidence.comparison import Comparison
-from ..evidence.target import target_rows
+from ..evidence.robust import robust_rows
+from ..evidence.target import race_rows, target_rows
 from speedrun_nb.report.design_tables import (
     agreement_rows,
     counting_rows,
@@ -137,17 +138,25 @@ def _bootstrap_row(c:Comparison)->dict:
     name = f"difference of all runs, bootstrap (BCa): {better}"
     return {"effect size": name, "value": value, "95 % interval": span(d.bca95, resolved_amount(c.metric, d.bca95))}
 
-# %% ../../nbs/report/03_evidence_tables.ipynb #cell-21
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-22
+def _chance_row(c:Comparison)->list[dict]:
+    "The chance that a run of the variant is the better one."
+    chance = c.robust.chance
+    if not chance: return []
+    unit = c.robust.unit
+    where = f"within {unit}s" if unit in ("block", "host") else "all with all"
+    name = f"probability that a run of {c.variant.name} is better, {where}"
+    interval = " to ".join(percent(edge, 1) for edge in chance.ci95) if chance.ci95 else None
+    return [{"effect size": name, "value": percent(chance.probability, 1), "95 % interval": interval}]
+
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-23
 def effect_rows(c:Comparison)->list[dict]:
     "Effect sizes of a comparison; positive means that the variant is better."
-    rows, probability = _standardised_rows(c), c.effect.probability_better
-    if probability is not None:
-        name = f"probability that a run of {c.variant.name} is better{_pooled(c)}"
-        rows.append({"effect size": name, "value": percent(probability, 1)})
+    rows = [*_standardised_rows(c), *_chance_row(c)]
     if c.difference.bca95: rows.append(_bootstrap_row(c))
     return rows
 
-# %% ../../nbs/report/03_evidence_tables.ipynb #cell-24
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-26
 def frontier_rows(c:Comparison)->list[dict]:
     "The budgets that make up the baseline's frontier."
     if not c.frontier: return []
@@ -157,7 +166,7 @@ def frontier_rows(c:Comparison)->list[dict]:
         time.axis: f"{b.time * time.scale:.{time.digits}f}",
         quality.axis: f"{b.quality * quality.scale:.{quality.digits}f}"} for b in c.frontier.budgets]
 
-# %% ../../nbs/report/03_evidence_tables.ipynb #cell-25
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-27
 _REACHED = {True: "yes", False: "no", None: "not shown"}
 
 def _reach_row(target:str, side:str, reach, metric:Metric)->dict:
@@ -167,7 +176,7 @@ def _reach_row(target:str, side:str, reach, metric:Metric)->dict:
         "mean reaches it (p < 0.01)": _REACHED[reach.reached], "one-sided p": p_cell(reach.p),
         "runs that reach it": None if reach.share is None else percent(reach.share)}
 
-# %% ../../nbs/report/03_evidence_tables.ipynb #cell-26
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-28
 def reach_rows(
     c:Comparison,
     metrics:Mapping[str, Metric],  # of the study
@@ -179,7 +188,7 @@ def reach_rows(
     sides = ((c.baseline.name, c.target.baseline), (c.variant.name, c.target.variant))
     return [_reach_row(heading, side, reach, metric) for side, reach in sides if reach.n]
 
-# %% ../../nbs/report/03_evidence_tables.ipynb #cell-28
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-30
 def evidence_rows(
     c:Comparison,
     metrics:Mapping[str, Metric],  # of the study
@@ -193,16 +202,18 @@ def evidence_rows(
         "claims tested together": family_rows(c),
         "tests of no difference, and of what they assume": test_rows(c),
         "size of the effect, as if runs were independent (positive: the variant is better)": effect_rows(c),
+        "do odd values matter?": robust_rows(c.robust) if c.robust.lines else [],
         "the baseline with other budgets": frontier_rows(c),
-        "the speedrun's target": reach_rows(c, metrics)}
+        "the speedrun's target": reach_rows(c, metrics),
+        "on the way to the target, failed runs counted": race_rows(c.race, metrics) if c.race else []}
     return {title: rows for title, rows in parts.items() if rows}
 
-# %% ../../nbs/report/03_evidence_tables.ipynb #cell-31
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-33
 def tests_table(report:StudyReport)->str: return markdown(headed(report, test_rows), right=5)
 
 def effects_table(report:StudyReport)->str: return markdown(headed(report, effect_rows), right=2)
 
-# %% ../../nbs/report/03_evidence_tables.ipynb #cell-34
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-36
 def _target_row(report:StudyReport, row:Mapping)->dict:
     "How many runs of a group reach the target, and when."
     target, metrics = report.study.target, report.study.metrics
@@ -218,7 +229,7 @@ def _target_row(report:StudyReport, row:Mapping)->dict:
         reach: row["arrived"],
         when: None if seconds is None else time.show(seconds).partition(" ")[0]}
 
-# %% ../../nbs/report/03_evidence_tables.ipynb #cell-35
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-37
 def target_table(report:StudyReport)->str:
     "How many runs of each variant reach the target, and when; a sentence where the target does not apply."
     applies = report.study.target and not report.notice and not report.empty
@@ -226,20 +237,20 @@ def target_table(report:StudyReport)->str:
     rows = target_rows(report.groups, report.study.target, report.study.metrics)
     return markdown([_target_row(report, row) for row in rows])
 
-# %% ../../nbs/report/03_evidence_tables.ipynb #cell-38
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-40
 def _as_code(text:str)->str:
     "Options of commands as code, unless they are already, so that no renderer makes dashes of them."
     parts = text.split("`")
     return "`".join(part if number % 2 else re.sub(r"(--[a-z]+)", r"`\1`", part) for number, part in enumerate(parts))
 
-# %% ../../nbs/report/03_evidence_tables.ipynb #cell-39
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-41
 def _further(findings:list[Finding])->str:
     "Findings that are only named."
     groups = sorted({group for finding in findings for group in finding.groups})
     named = ", ".join(f"`{group}`" for group in groups)
     return f"The same holds for {count(len(findings), 'further case')} ({named})."
 
-# %% ../../nbs/report/03_evidence_tables.ipynb #cell-40
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-42
 def _threat(
     severity:str,
     name:str,              # of the check
@@ -253,14 +264,14 @@ def _threat(
     more = f" {_further(rest)}" if rest else ""
     return _as_code(f"- **{severity}**, `{name}`: {messages}{more} *{remedies}*")
 
-# %% ../../nbs/report/03_evidence_tables.ipynb #cell-42
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-44
 def _by_kind(findings:Iterable[Finding])->dict[tuple[str, str], list[Finding]]:
     "Findings by severity and check, in the order of the first of each."
     kinds = {}
     for finding in findings: kinds.setdefault((finding.severity, finding.id), []).append(finding)
     return kinds
 
-# %% ../../nbs/report/03_evidence_tables.ipynb #cell-43
+# %% ../../nbs/report/03_evidence_tables.ipynb #cell-45
 def threats(
     report:StudyReport,
     most:int=3,          # findings of one kind that are told in full

@@ -389,6 +389,7 @@ def other_memory(made, strength, rng):
 def two_speeds(made, strength, rng):
     for batch in made.batches("baseline")[::2]:
         for record in batch: slow(record, 0.1 * strength * made.shape.seconds)
+    renumber(made)
 
 
 @flaw("shared-device", "shared-device", of="half of the baseline's batches, each run 10 % slower")

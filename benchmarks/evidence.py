@@ -100,6 +100,7 @@ def measure(outputs):
     from speedrun_nb.core.provenance import read_provenances
     from speedrun_nb.core.runs import read_runs
     from speedrun_nb.core.study import load_study
+    from speedrun_nb.evidence.comparison import Question
     from speedrun_nb.evidence.verdict import compare_groups
     from speedrun_nb.evidence.groups import find_group
 
@@ -109,7 +110,7 @@ def measure(outputs):
     def audit_all(): return audit(frame, study, PROFILE, provenances)
     def compare():
         baseline, variant = (find_group(frame, name) for name in VARIANTS[:2])
-        return compare_groups(baseline, variant, None, study.metrics)
+        return compare_groups(baseline, variant, Question(study.metrics))
 
     found = {"start": dict(peak=use()[1])}
     (frame, provenances), found["read"] = measured(read)

@@ -135,9 +135,15 @@ def _made_of(rows:pd.DataFrame)->dict[str, pd.Series]:
     if "boot_id" in rows and _returns(rows["boot_id"].dropna()): found["boot_id"] = rows["boot_id"]
     return found
 
+def _speed_in(rows:pd.DataFrame)->pd.Series:
+    "The class of speed of each run of a group; all 0 where a class is a single batch, which may just be odd."
+    found = speeds(rows)
+    batches = rows["batch"].groupby(found).nunique()
+    return found if batches.min() > 1 else found * 0
+
 def _speed(rows:pd.DataFrame)->pd.Series:
     "The class of speed of each run, among those of its group."
-    return pd.concat([speeds(mine) for _, mine in rows.groupby("group")]).reindex(rows.index)
+    return pd.concat([_speed_in(mine) for _, mine in rows.groupby("group")]).reindex(rows.index)
 
 # %% ../../nbs/audit/13_one_device.ipynb #cell-16
 def several_machines(rows:pd.DataFrame)->tuple[pd.Series|None, dict]:

@@ -163,7 +163,8 @@ def test_what_a_claim_was_when_it_was_planned_counts(sweep, tmp_path):
     report = load_report("cifar", tmp_path)
     f, = (f for f in report.findings if f.id == "claim-changed")
     assert ids(report.findings) == [("serious", "claim-changed")] and f.groups == ("det_crop",)
-    assert {c.variant.name for c in report.comparisons if c.verdict.outcome == "untrustworthy"} == {"det_crop"}
+    blamed = {c.variant.name: c.verdict.outcome for c in report.comparisons if f in c.findings}
+    assert blamed == {"det_crop": "untrustworthy"}
     for text in (f.message, planned.planned_words(report)): assert "at_least was 0.3 and is 0.01" in text
 
 
@@ -229,7 +230,8 @@ def test_papers_tell_of_their_plans(sweep, tmp_path, monkeypatch):
     for text in made.values():
         assert re.search(r"Table \d sets what was planned against what was done\.", text)
         assert text.count("Planned against done, in numbers of runs.") == 1
-    assert [int(n) for n in re.findall(r"Table (\d+):", made["nanogpt"])] == [*range(1, 17)]
+    numbers = [int(n) for n in re.findall(r"Table (\d+):", made["nanogpt"])]
+    assert numbers == [*range(1, len(numbers) + 1)] and len(numbers) > 15
 
 
 def test_a_plan_without_runs_has_empty_tables(tmp_path):

@@ -6,11 +6,11 @@
 __all__ = ['Answer', 'p_at_claim', 'statistic_of', 'compared', 'answer_of', 'judged']
 
 # %% ../../nbs/evidence/08_answer.ipynb #cell-02
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ..core.study import Claim, Metric
 from ..core.words import count
-from .basis import Basis, choose
+from .basis import Basis, choose, looked_at
 from .frontier import Frontier
 from .groups import Group
 from .strata import samples
@@ -77,10 +77,10 @@ def answer_of(
 )->tuple[Answer,Basis]:
     "The difference between two groups by the design, and what it rests on."
     estimate, basis = choose(baseline, variant, metric)
-    if estimate is None:
+    e = looked_at(estimate, watched)
+    if e is None:
         means = difference(variant.values(metric.name), baseline.values(metric.name), metric)
         return Answer("none", means.absolute, means.relative, None, None, None, None, None, watched), basis
-    e = replace(estimate, watched=watched)
     return Answer(
         e.method, e.absolute, e.relative, e.interval(), e.relative_interval(), e.p(), p_at_claim(e, claim),
         e.better(metric), watched, statistic_of(e), compared(e, basis, baseline, variant, metric)), basis

@@ -8,11 +8,11 @@ __all__ = ['Equivalence', 'GuardResult', 'guard', 'non_inferiority', 'guard_grou
 # %% ../../nbs/evidence/05_guard.ipynb #cell-02
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ..core.errors import SpeedrunError
 from ..core.study import Metric
-from .basis import Basis, choose
+from .basis import Basis, choose, looked_at
 from .groups import Group
 from ..stats.describe import Description, describe
 from ..stats.estimate import MINIMUM, Estimate, welch_estimate
@@ -101,4 +101,4 @@ def guard_groups(
     "The guard by the estimate that the design asks for."
     described = [describe(g.values(metric.name)) for g in (baseline, variant)]
     estimate, basis = choose(baseline, variant, metric)
-    return guard(estimate and replace(estimate, watched=watched), metric, margin, *described, basis)
+    return guard(looked_at(estimate, watched), metric, margin, *described, basis)

@@ -27,15 +27,15 @@ class Units(NamedTuple):
     table:pd.DataFrame  # one row a unit: host, sweep, block and batch (empty if not recorded), first, last (may be NaT)
 
 def _moments(group:Group, name:str)->pd.Series:
-    "(runs,) when runs started or ended, in order; NaT where unknown."
-    column = group.runs[name].to_numpy(object) if name in group.runs else [None] * len(group.runs)
-    found = pd.to_datetime(pd.Series(column, dtype=object), utc=True, format="ISO8601", errors="coerce")
-    return found.dt.as_unit("ns")  # seconds and their parts go together
+    "When runs started or ended; NaT where unknown."
+    column = group.runs[name] if name in group.runs else pd.Series(None, index=group.runs.index, dtype=object)
+    return pd.to_datetime(column, utc=True, format="ISO8601", errors="coerce")
 
 def _ends(group:Group, first:pd.Series)->pd.Series:
     "When runs ended; by the clock where only their start was recorded."
     took = pd.to_timedelta(pd.Series(numbers_of(group, "time_seconds"), index=first.index), unit="s")
-    return _moments(group, "ended_at").fillna(first + took)
+    ended = _moments(group, "ended_at")
+    return ended.where(ended.notna(), first + took)
 
 # %% ../../nbs/evidence/01_units.ipynb #cell-08
 @once
@@ -44,7 +44,7 @@ def units_of(group:Group)->Units:
     names = [*_PLACE, "batch"]
     columns = [words_of(group, name) for name in ("host_id", "sweep", "block", "batch")]
     runs = pd.DataFrame(dict(zip(names, columns, strict=True)), dtype=object).fillna("")
-    first = _moments(group, "started_at")
+    first = _moments(group, "started_at").reset_index(drop=True)
     runs = runs.assign(first=first, last=_ends(group, first))
     units = runs.groupby(names, sort=False)
     table = units.agg(first=("first", "min"), last=("last", "max")).reset_index()

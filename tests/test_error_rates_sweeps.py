@@ -21,7 +21,7 @@ def test_a_clear_effect_ends_a_sweep_and_looks_that_are_left_out_decide_nothing(
 
 
 def test_promotion_lets_through_what_it_promises():
-    nothing, reaching = (promotion_rates(12, effect, blocks=5, seed=1) for effect in (0.0, CLAIMED))
-    assert nothing["went_on"] <= 0.25 and 0.03 < nothing["promised"] < 0.15
+    nothing, reaching = (promotion_rates(6, effect, blocks=5, seed=1) for effect in (0.0, CLAIMED))
+    assert nothing["went_on"] <= 0.3 and 0.03 < nothing["promised"] < 0.15
     assert 0.03 < nothing["expected_of_times"] < 0.1
-    assert 0.6 <= reaching["went_on"] <= 0.95 and 0.7 < reaching["promised"] <= 0.8
+    assert 0.55 <= reaching["went_on"] <= 1 and 0.7 < reaching["promised"] <= 0.8

@@ -223,7 +223,7 @@ def test_false_verdicts_when_the_effect_is_exactly_as_claimed(at_least):
     supported, refuted = (p_values(*sides, alternative) < 0.025 for alternative in ("less", "greater"))
     assert near(supported.mean(), 0.025, 0.001) and near(refuted.mean(), 0.025, 0.001)
     expected = np.select([supported, refuted], ["supported", "refuted"], "undecided")
-    rows = np.concatenate([np.flatnonzero(supported)[:15], np.flatnonzero(refuted)[:15], np.arange(150)])
+    rows = np.concatenate([np.flatnonzero(supported)[:12], np.flatnonzero(refuted)[:12], np.arange(40)])
     claim, accuracy = Claim("time_seconds", "decrease", at_least), np.full(8, 0.94)
     found = [compare(group("b", b[i], accuracy), group("v", v[i], accuracy), claim) for i in rows]
     assert [c.verdict.outcome for c in found] == expected[rows].tolist()
@@ -233,11 +233,11 @@ def test_no_effect_and_a_ruined_metric_are_rarely_supported():
     "Time unchanged, accuracy worse by twice the margin: `supported` would need two errors at once."
     rng = np.random.default_rng(5)
     outcomes = []
-    for _ in range(100):
+    for _ in range(40):
         b = group("b", rng.normal(4.4, 0.05, 10), rng.normal(0.940, 0.001, 10))
         v = group("v", rng.normal(4.4, 0.05, 10), rng.normal(0.938, 0.001, 10))
         outcomes.append(compare(b, v, CLAIM).verdict.outcome)
-    assert "supported" not in outcomes and outcomes.count("refuted") > 50
+    assert "supported" not in outcomes and outcomes.count("refuted") > 20
 
 
 # runs of one batch have a state of the machine in common

@@ -363,7 +363,7 @@ def test_language_models_without_runs(papers):
     assert text.count("There are no runs of NanoGPT yet") >= 4
     assert "No runs yet." in text and "There are no runs in any profile yet." in text
     assert re.findall(r"Figure (\d+):", text) == [*"12345678"]
-    assert [int(number) for number in re.findall(r"Table (\d+):", text)] == [*range(1, 16)]
+    assert [int(number) for number in re.findall(r"Table (\d+):", text)] == [*range(1, 23)]
 
 
 def test_papers_of_a_profile_that_one_study_lacks(papers, monkeypatch):

@@ -57,7 +57,7 @@ def speedrun(project):
 
 @pytest.fixture(scope="module")
 def swept(speedrun):
-    "The sweep has run: two variants, six seeds."
+    "The sweep has run: two variants, six blocks of one seed."
     done = speedrun("sweep", "toy")
     assert "12 of 12 runs done" in done.out
     return done

@@ -27,13 +27,16 @@ class Units(NamedTuple):
     table:pd.DataFrame  # one row a unit: host, sweep, block and batch (empty if not recorded), first, last (may be NaT)
 
 def _moments(group:Group, name:str)->pd.Series:
-    "When runs started or ended; NaT where unknown."
-    column = group.runs[name] if name in group.runs else pd.Series(None, index=group.runs.index, dtype=object)
-    return pd.to_datetime(column, utc=True, format="ISO8601", errors="coerce")
+    "(runs,) when runs started or ended, in the order of the table; NaT where unknown."
+    column = group.runs[name].to_numpy(object) if name in group.runs else [None] * len(group.runs)
+    return pd.to_datetime(pd.Series(column, dtype=object), utc=True, format="ISO8601", errors="coerce")
+
+_BELIEVED = 1e8  # seconds: a run takes no three years
 
 def _ends(group:Group, first:pd.Series)->pd.Series:
     "When runs ended; by the clock where only their start was recorded."
-    took = pd.to_timedelta(pd.Series(numbers_of(group, "time_seconds"), index=first.index), unit="s")
+    seconds = pd.Series(numbers_of(group, "time_seconds"), index=first.index)
+    took = pd.to_timedelta(seconds.where(seconds.abs() < _BELIEVED), unit="s")
     ended = _moments(group, "ended_at")
     return ended.where(ended.notna(), first + took)
 
@@ -44,7 +47,7 @@ def units_of(group:Group)->Units:
     names = [*_PLACE, "batch"]
     columns = [words_of(group, name) for name in ("host_id", "sweep", "block", "batch")]
     runs = pd.DataFrame(dict(zip(names, columns, strict=True)), dtype=object).fillna("")
-    first = _moments(group, "started_at").reset_index(drop=True)
+    first = _moments(group, "started_at")
     runs = runs.assign(first=first, last=_ends(group, first))
     units = runs.groupby(names, sort=False)
     table = units.agg(first=("first", "min"), last=("last", "max")).reset_index()

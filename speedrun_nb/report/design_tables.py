@@ -70,7 +70,8 @@ def _turns_cell(c:Comparison)->str:
 def counting_rows(c:Comparison)->list[dict]:
     "One row: what the difference counts as independent, and what it leaves out."
     basis = c.basis
-    row = {"independent": units_counted(c), "runs": c.baseline.n + c.variant.n, "runs left out": basis.unused}
+    left_out = None if c.raw.method == "none" else basis.unused  # without an estimate nothing is used
+    row = {"independent": units_counted(c), "runs": c.baseline.n + c.variant.n, "runs left out": left_out}
     if basis.apart: row["blocks left out, apart in time"] = basis.apart
     return [row | {"in turns": _turns_cell(c)} | _spread_cells(c)]
 

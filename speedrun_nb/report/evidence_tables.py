@@ -201,7 +201,8 @@ def evidence_rows(
         "do the hosts agree?": agreement_rows(c),
         "claims tested together": family_rows(c),
         "tests of no difference, and of what they assume": test_rows(c),
-        "size of the effect, as if runs were independent (positive: the variant is better)": effect_rows(c),
+        "size of the effect (positive: better); intervals as if runs were independent, but for the probability":
+            effect_rows(c),
         "do odd values matter?": robust_rows(c.robust) if c.robust.lines else [],
         "the baseline with other budgets": frontier_rows(c),
         "the speedrun's target": reach_rows(c, metrics),

@@ -292,7 +292,12 @@ class ShiftScan:
         return AtShift(*numbers, [float(np.interp(shift, self.shift, budget)) for budget in self.budgets.T])
 
 # %% ../../nbs/stats/07_curve.ipynb #cell-63
-_critical, _one_sided = (np.vectorize(function, otypes=[float]) for function in (critical_value, one_sided_p))
+def _tested(t:np.ndarray, df:np.ndarray, weight:float|None)->tuple[np.ndarray,np.ndarray]:
+    "What a 95 % interval takes, in standard errors, and the one-sided p."
+    if weight is None: return stats.t.isf(0.025, df), stats.t.sf(t, df)
+    pairs = list(zip(t, df, strict=True))
+    return (np.array([critical_value(0.95, freedom, weight) for _, freedom in pairs]),
+            np.array([one_sided_p(at, freedom, weight) for at, freedom in pairs]))
 
 def scan_shifts(
     fits:list[CurveFit],      # one a machine
@@ -309,9 +314,8 @@ def scan_shifts(
     freedom = sum((m.parts**2 / m.df).sum(axis=1) for m in placed)
     with np.errstate(divide="ignore", invalid="ignore"):
         error, df = np.sqrt(variance), variance**2 / freedom
-        width = bend + _critical(0.95, df, weight) * error
-        p = 2 * _one_sided(np.maximum(np.abs(above) - bend, 0) / error, df, weight)
-    return ShiftScan(shift, above, bend, width, p, np.column_stack([m.budgets for m in placed]))
+        critical, p = _tested(np.maximum(np.abs(above) - bend, 0) / error, df, weight)
+    return ShiftScan(shift, above, bend, bend + critical * error, 2 * p, np.column_stack([m.budgets for m in placed]))
 
 # %% ../../nbs/stats/07_curve.ipynb #cell-67
 def shift_onto_curve(scan:ShiftScan)->float|None:

@@ -104,7 +104,9 @@ def _unit_values(groups:list[Group], metric:Metric)->list[np.ndarray]:
     if metric.quality: return [group.values(metric.name).to_numpy(float, na_value=np.nan) for group in groups]
     means = [batch_means(group, metric) for group in groups]
     if min(map(len, means)) < 2 or min(side["mean"].min() for side in means) <= 0: return []
-    return [np.log(side["mean"].to_numpy()) for side in freed_of_blocks(means, "mean", ["host"])]
+    every = pd.concat(means, keys=range(len(means)), names=["group"]).reset_index("group")
+    freed = freed_of_blocks(every, "mean", ["host"])
+    return [np.log(side.to_numpy()) for _, side in freed.groupby("group")["mean"]]
 
 def with_dunnett(found:Family|None, baseline:Group, members:list[Group], metric:Metric, name:str)->Family|None:
     "A family with the p of Dunnett's test beside it."

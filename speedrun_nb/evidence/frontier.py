@@ -7,6 +7,7 @@ __all__ = ['budget_groups', 'Point', 'TimeDistance', 'QualityDistance', 'Curve',
 
 # %% ../../nbs/evidence/06_frontier.ipynb #cell-02
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -81,16 +82,21 @@ def _differing_setting(groups:list[Group])->str|None:
 # %% ../../nbs/evidence/06_frontier.ipynb #cell-17
 _PLACE = {"host": "host_id", "clock": "clock", "sweep": "sweep", "block": "block", "batch": "batch"}
 
-def _runs_with_both(group:Group, time:Metric, quality:Metric)->pd.DataFrame:
+def _runs_of(group:Group, time:Metric, quality:Metric)->pd.DataFrame:
     "Where each run with both metrics ran, its time, and its quality turned so that higher is better."
     rows = pd.DataFrame({name: [word or "" for word in words_of(group, column)] for name, column in _PLACE.items()})
     sign = 1 if quality.better == "higher" else -1
     rows = rows.assign(time=numbers_of(group, time.name), quality=sign * numbers_of(group, quality.name), n=1)
     return rows[np.isfinite(rows["time"]) & np.isfinite(rows["quality"]) & (rows["time"] > 0)]
 
+def _runs_with_both(groups:list[Group], time:Metric, quality:Metric)->pd.DataFrame:
+    "The runs of several groups; `group` is their place in the list."
+    tables = [_runs_of(group, time, quality) for group in groups]
+    return pd.concat(tables, keys=range(len(tables)), names=["group"]).reset_index("group")
+
 def _batches_with_both(runs:pd.DataFrame)->pd.DataFrame:
     "The same, averaged over the runs of each batch in its block."
-    batches = runs.groupby([*_PLACE], sort=False, as_index=False)
+    batches = runs.groupby(["group", *_PLACE], sort=False, as_index=False)
     return batches.agg(time=("time", "mean"), quality=("quality", "mean"), n=("n", "sum"))
 
 # %% ../../nbs/evidence/06_frontier.ipynb #cell-18
@@ -102,11 +108,14 @@ class _Averaged(NamedTuple):
 
 def _mean_points(
     rows:pd.DataFrame,  # batches or runs with both metrics
-)->dict[tuple[str,str],_Averaged]:  # by host and clock, which are empty if not recorded
-    "A group on each host where it has enough of them."
-    parts = {place: part for place, part in rows.groupby(["host", "clock"], sort=True) if len(part) >= _FEWEST}
-    return {place: _Averaged(mean_point(part["time"].to_numpy(), part["quality"].to_numpy()), int(part["n"].sum()))
-            for place, part in parts.items()}
+)->dict[tuple[str,str],dict[int,_Averaged]]:  # by host and clock, which are empty if not recorded; by group
+    "Each group on each host where it has enough of them."
+    found = defaultdict(dict)
+    for (*place, group), part in rows.groupby(["host", "clock", "group"], sort=True):
+        if len(part) < _FEWEST: continue
+        point = mean_point(part["time"].to_numpy(), part["quality"].to_numpy())
+        found[tuple(place)][group] = _Averaged(point, int(part["n"].sum()))
+    return found
 
 # %% ../../nbs/evidence/06_frontier.ipynb #cell-21
 @dataclass(frozen=True, eq=False)
@@ -124,17 +133,17 @@ class _Host:
 
 # %% ../../nbs/evidence/06_frontier.ipynb #cell-23
 def _hosts(
-    variant:pd.DataFrame,                            # its batches or runs
-    budgets:list[tuple[float,Group,pd.DataFrame]],   # amount, group, its batches or runs
+    rows:pd.DataFrame,                  # batches or runs; the budgets are the first groups, the variant is the last
+    budgets:list[tuple[float,Group]],   # amount, group
 )->list[_Host]:  # from the one with most runs
     "Every host with enough of the variant and of two budgets."
-    theirs = [(amount, group.name, _mean_points(rows)) for amount, group, rows in budgets]
     found = []
-    for place, of_variant in _mean_points(variant).items():
-        here = [(amount, name, *points[place]) for amount, name, points in theirs if place in points]
-        if len({amount for amount, *_ in here}) < 2: continue
+    for (host, _), averages in _mean_points(rows).items():
+        of_variant = averages.pop(len(budgets), None)
+        here = [(budgets[group][0], budgets[group][1].name, *average) for group, average in averages.items()]
+        if of_variant is None or len({amount for amount, *_ in here}) < 2: continue
         amounts, names, points, runs = zip(*here, strict=True)
-        found.append(_Host(place[0] or None, names, fit_curve(amounts, points), runs, *of_variant))
+        found.append(_Host(host or None, names, fit_curve(amounts, points), runs, *of_variant))
     return sorted(found, key=lambda host: -host.runs)
 
 # %% ../../nbs/evidence/06_frontier.ipynb #cell-25
@@ -145,13 +154,9 @@ def _counted_hosts(
     quality:Metric,
 )->tuple[list[_Host],str]:  # and what was counted: batch or run
     "The hosts with a curve by batches, or else by runs."
-    tables = [_runs_with_both(group, time, quality) for group in (variant, *(group for _, group in budgets))]
-    freed = freed_of_blocks([_batches_with_both(table) for table in tables], "time", ["host", "clock"])
-    for unit, counted in (("batch", freed), ("run", tables)):
-        rows = [(*budget, table) for budget, table in zip(budgets, counted[1:], strict=True)]
-        hosts = _hosts(counted[0], rows)
-        if hosts: return hosts, unit
-    return [], "run"
+    runs = _runs_with_both([*(group for _, group in budgets), variant], time, quality)
+    hosts = _hosts(freed_of_blocks(_batches_with_both(runs), "time", ["host", "clock"]), budgets)
+    return (hosts, "batch") if hosts else (_hosts(runs, budgets), "run")
 
 # %% ../../nbs/evidence/06_frontier.ipynb #cell-27
 @dataclass(frozen=True)

@@ -103,20 +103,18 @@ def blocks_of(
 
 # %% ../../nbs/evidence/01_units.ipynb #cell-19
 def freed_of_blocks(
-    tables:list[pd.DataFrame],  # one a group, with host, sweep, block (empty: in none) and the column
-    column:str,                 # of values above zero
-    levels:list[str],           # columns by which a group has levels of its own, such as host
-)->list[pd.DataFrame]:          # the same, with the column changed
+    every:pd.DataFrame,  # batches: group, host, sweep, block (empty: in none) and the column
+    column:str,          # of values above zero
+    levels:list[str],    # columns by which a group has levels of its own, such as host
+)->pd.DataFrame:         # the same, with the column changed
     "Means of batches without what their blocks had in common."
-    every = pd.concat(tables, keys=range(len(tables)), names=["group"]).reset_index("group")
     log = np.log(every[column])
     mean = log.groupby([every[name] for name in ("group", *levels)]).transform("mean")
     blocks = [every[name] for name in _PLACE]
     common, groups = (log - mean).groupby(blocks).transform("mean"), every["group"].groupby(blocks).transform("nunique")
     in_blocks = (every["block"] != "") & (groups > 1)
     freed = mean + (log - mean - common) * np.sqrt(groups / (groups - 1).clip(lower=1))
-    every[column] = np.exp(np.where(in_blocks, freed, log))
-    return [every[every["group"] == place] for place in range(len(tables))]
+    return every.assign(**{column: np.exp(np.where(in_blocks, freed, log))})
 
 # %% ../../nbs/evidence/01_units.ipynb #cell-22
 def later_share(

@@ -134,7 +134,7 @@ def test_headline_within_machines(compared):
     np.testing.assert_allclose(e["ci95_relative"], np.expm1([logs.mean() - half, logs.mean() + half]), rtol=1e-9)
     assert np.isclose(e["p"], stats.ttest_1samp(logs, 0).pvalue) and np.isclose(e["relative"], np.expm1(logs.mean()))
     assert printed(100 * e["relative"], "-2.70") and printed(e["absolute"], "-0.1448")  # mean of ratios, of differences
-    found = {f["id"]: f["severity"] for f in c["findings"]}  # one after the other, and a drift as large as the difference
+    found = {f["id"]: f["severity"] for f in c["findings"]}  # not in turns, and a drift as large as the difference
     assert found["order-drift"] == "serious" and found["not-interleaved"] == "warning"
     assert c["verdict"]["outcome"] == "untrustworthy"
 

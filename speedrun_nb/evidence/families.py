@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 
 from ..core.plans import SweepPlan
 from ..core.study import Claim, Metric, Target

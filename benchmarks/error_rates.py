@@ -120,7 +120,7 @@ def real_series(folder):
     "Times of every variant on one host with enough runs, in the order of running, by name."
     from speedrun_nb.core.runs import read_runs
 
-    frame = read_runs(folder)
+    frame, _ = read_runs(folder)
     frame = frame[(frame["study"] == "cifar") & (frame["status"] == "completed") & frame["order"].notna()]
     found = {}
     for (variant, host), runs in frame.groupby(["variant", "host_id"], dropna=False):
@@ -150,10 +150,10 @@ def one_published(name, values, blocks, size, drift, truth, shuffles, seed):
     return dict(runs=name, design=f"{blocks} x {size}", drift=drift, truth=truth, **rates(found))
 
 
-def published(folder, shuffles, seed):
+def published(folder, word, shuffles, seed):
     "Each variant with enough runs on one host, in each design, with and without drift, at either border."
     return [(one_published, name, values, blocks, size, drift, truth, shuffles, seed)
-            for name, values in real_series(folder).items() for blocks, size in DESIGNS
+            for name, values in real_series(folder).items() if word in name for blocks, size in DESIGNS
             if 2 * blocks * size <= len(values) for drift in (0.0, 0.05) for truth in (0.0, CLAIMED)]
 
 
@@ -376,6 +376,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("published", "simulated", "rule", "power"))
     parser.add_argument("folder", nargs="?", help="folder of collected runs, for `published`")
+    parser.add_argument("--runs", default="", help="for `published`: only runs whose variant or host holds this word")
     parser.add_argument("--studies", type=int, default=200, help="studies, or shuffles, for each line")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="lines made at once")
@@ -384,7 +385,7 @@ def main():
     error = 2 * math.sqrt(0.025 * 0.975 / given.studies)
     print(f"{given.studies} studies a line: a rate of 2.5 % comes out as up to {0.025 + error:.3f}", flush=True)
     makers = dict(simulated=simulated, rule=rule, power=power)
-    if given.what == "published": tasks = published(given.folder, given.studies, given.seed)
+    if given.what == "published": tasks = published(given.folder, given.runs, given.studies, given.seed)
     else: tasks = makers[given.what](given.studies, given.seed)
     with ProcessPoolExecutor(given.jobs) as pool:
         for row in pool.map(line_of, tasks):

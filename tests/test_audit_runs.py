@@ -9,13 +9,13 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import stub_train
-from examples import runs_of
 
 from speedrun_nb.audit.agreement import agreements, beyond_chance
 from speedrun_nb.audit.audit import audit, compare, run_checks
 from speedrun_nb.audit.claimed_settings import check_same_settings, check_settings_differ
 from speedrun_nb.audit.copies import check_copied_runs, check_same_computation
 from speedrun_nb.audit.counted import counted
+from speedrun_nb.audit.examples import runs_of
 from speedrun_nb.audit.findings import CHECKS
 from speedrun_nb.audit.outliers import check_warmup_outlier
 from speedrun_nb.audit.runs import check_missing_runs

@@ -28,10 +28,13 @@ def runs_of(
     n:int=20,          # how many, one a seed
     batch:str="b0",
     time:float=4.4,    # mean, in seconds
+    rng=None,          # numpy's generator; by default the noise depends on nothing but variant and batch
+    cv:float=0.007,    # standard deviation of the times, relative
+    step:float=1e-4,   # in which accuracies are written: shares of 10,000 test images
     **columns,         # more of them, or in the place of those below
 )->pd.DataFrame:
-    "Records of one batch, made in its order."
-    rng = np.random.default_rng(list(f"{variant} {batch}".encode()))
+    "Records of one batch, made in its order, with results and fingerprints that differ."
+    rng = rng or np.random.default_rng(list(f"{variant} {batch}".encode()))
     rows = pd.DataFrame(dict(
         run_id=[f"{variant}-{batch}-{i}" for i in range(n)],
         study="cifar",
@@ -44,8 +47,8 @@ def runs_of(
         order=range(n),
         status="completed",
         started_at=_times(60 * np.arange(n)),
-        accuracy=rng.normal(0.94, 0.0012, n).round(4),  # shares of 10,000 test images
-        time_seconds=rng.normal(time, 0.03, n),
+        accuracy=((rng.normal(0.94, 0.0012, n) / step).round() * step).round(9),
+        time_seconds=rng.normal(time, cv * time, n),
         fingerprint=[f"{variant}-{batch}-{i}" for i in range(n)],
     ))
     return rows.assign(config=[{"data.split": "validation"}] * n).assign(**columns)

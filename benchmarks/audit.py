@@ -10,10 +10,9 @@ finding.
     python benchmarks/audit.py                                  # 1,000 clean studies, 20 of each mistake and strength
     python benchmarks/audit.py --studies 0 --flaw cold-start other-cudnn --each 50
 
-Other files beside this one that are called audit_*.py add mistakes, by `from audit import flaw`.
+Mistakes in plans, seeds and copies are made by audit_plans.py, beside this file.
 """
 import argparse
-import importlib
 import json
 import sys
 from collections import Counter
@@ -22,8 +21,8 @@ from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import cache
-from pathlib import Path
 
+import audit_plans
 import numpy as np
 from rich.console import Console
 
@@ -89,6 +88,12 @@ class Made:
 
     def provenance(self, record: dict) -> dict:
         return self.provenances[f"{record['study']}/{PROFILE}/{record['variant']}/{record['batch']}"]
+
+    @property
+    def case(self) -> Case:
+        "As if the records had been read from files."
+        rows = make_frame([parse_run(json.dumps(json_ready(record)).encode()) for record in self.records])
+        return make_case(rows, load_study(self.shape.study), PROFILE, json_ready(self.provenances))
 
 
 @cache
@@ -185,12 +190,6 @@ def origin(batch: list[dict]) -> dict:
         seeds=[record["seed"] for record in batch], started_at=first["started_at"], ended_at=batch[-1]["ended_at"])
 
 
-def case_of(made: Made) -> Case:
-    "As if the records had been read from files."
-    rows = make_frame([parse_run(json.dumps(json_ready(record)).encode()) for record in made.records])
-    return make_case(rows, load_study(made.shape.study), PROFILE, json_ready(made.provenances))
-
-
 def clean_shape(seed: int) -> Shape:
     "A study as it should be made; what is not wrong depends on the seed."
     rng = np.random.default_rng(seed)
@@ -218,6 +217,7 @@ class Flaw:
     put: Callable         # study, strength, generator -> None; changes the study
     instead: bool         # does it make so much of the effect that is seen, beside the true one?
     shape: Shape
+    strengths: tuple[float, ...] = STRENGTHS
 
     def study(self, strength: float, seed: int) -> Made:
         "A study with the mistake. Where it makes a part of the effect, the true one is smaller by as much."
@@ -228,7 +228,28 @@ class Flaw:
         return made
 
 
-FLAWS: dict[str, Flaw] = {}
+@dataclass(frozen=True)
+class PlanFlaw:
+    "A mistake of `audit_plans`, that is put into a study with a frozen plan."
+    injection: audit_plans.Injection
+
+    @property
+    def name(self) -> str: return self.injection.make.__name__.replace("_", "-")
+
+    @property
+    def ids(self) -> tuple[str, ...]: return (self.injection.check,)
+
+    @property
+    def of(self) -> str: return f"all of it: {self.injection.make.__doc__}"
+
+    @property
+    def strengths(self) -> tuple[float, ...]: return self.injection.strengths
+
+    def study(self, strength: float, seed: int) -> audit_plans.Made:
+        return self.injection.make(audit_plans.planned_study(seed), strength, seed)
+
+
+FLAWS: dict[str, Flaw | PlanFlaw] = {each.name: each for each in map(PlanFlaw, audit_plans.REGISTRY)}
 
 
 def flaw(name: str, *ids: str, of: str, instead: bool = False, **shape) -> Callable:
@@ -485,7 +506,7 @@ def alarms(studies: int, seed: int = 0) -> tuple[Counter, Counter]:
     "How many clean studies have a finding: by (id, severity), and any that is serious."
     found, serious = Counter(), Counter()
     for number in range(studies):
-        findings = audit_case(case_of(make(clean_shape(seed + number), seed + number)))
+        findings = audit_case(make(clean_shape(seed + number), seed + number).case)
         found.update({(f.id, f.severity) for f in findings})
         if any(f.severity == "serious" and not is_weighed(f.id) for f in findings): serious[seed + number] += 1
     return found, serious
@@ -497,11 +518,11 @@ def is_weighed(id: str) -> bool:
     return CHECKS[id].weighed
 
 
-def detected(mistake: Flaw, strength: float, each: int, seed: int = 0) -> dict:
+def detected(mistake: Flaw | PlanFlaw, strength: float, each: int, seed: int = 0) -> dict:
     "How often a mistake of a strength is found, at which severity, and what else is serious."
     counts, elsewhere = Counter(), Counter()
     for number in range(each):
-        findings = audit_case(case_of(mistake.study(strength, seed + number)))
+        findings = audit_case(mistake.study(strength, seed + number).case)
         severities = [f.severity for f in findings if f.id in mistake.ids]
         if severities: counts[next(s for s in ("serious", "warning", "note") if s in severities)] += 1
         elsewhere.update({f.id for f in findings if f.severity == "serious" and f.id not in mistake.ids
@@ -512,24 +533,19 @@ def detected(mistake: Flaw, strength: float, each: int, seed: int = 0) -> dict:
     return dict(flaw=mistake.name, strength=strength, found=found) | shares | {"also serious": also}
 
 
-def load_flaws() -> None:
-    "Those of other files beside this one."
-    for path in sorted(Path(__file__).parent.glob("audit_*.py")): importlib.import_module(path.stem)
-
-
 def main(arguments=None) -> int:
     "Print both tables; fail where a clean study has a serious finding."
-    load_flaws()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--studies", type=int, default=1000, help="clean studies")
     parser.add_argument("--flaw", nargs="*", choices=[*FLAWS, []], help="only these mistakes; none: clean studies only")
     parser.add_argument("--each", type=int, default=20, help="studies of each mistake and strength")
-    parser.add_argument("--strength", type=float, nargs="+", default=STRENGTHS)
+    parser.add_argument("--strength", type=float, nargs="+", help="of each mistake; those that fit it by default")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
     console, serious = Console(width=110), Counter()
     chosen = list(FLAWS) if given.flaw is None else given.flaw
-    rows = [detected(FLAWS[name], s, given.each, given.seed) for name in chosen for s in given.strength]
+    rows = [detected(FLAWS[name], s, given.each, given.seed) for name in chosen
+            for s in given.strength or FLAWS[name].strengths]
     if rows: console.print(make_table(rows, f"Mistakes put into {given.each} studies, the share found"))
     for name in chosen: console.print(f"{name}: 1 is {FLAWS[name].of}; found by {', '.join(FLAWS[name].ids)}")
     if given.studies:
@@ -542,7 +558,4 @@ def main(arguments=None) -> int:
     return int(bool(serious))
 
 
-if __name__ == "__main__":
-    import audit  # the one that other files import
-
-    sys.exit(audit.main())
+if __name__ == "__main__": sys.exit(main())

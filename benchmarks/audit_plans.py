@@ -1,13 +1,10 @@
 """How much of a mistake in plans, seeds, copies and missing runs the audit sees: clean studies, then graded flaws.
 
 Each injection takes a clean study (its runs, provenances and plans) and a strength from 0 (nothing) to 1, and gives the
-flawed study. `REGISTRY` says which check ought to see it.
-
-python benchmarks/audit_plans.py [REPETITIONS]
+flawed study. `REGISTRY` says which check ought to see it. `python benchmarks/audit.py` counts how often it does.
 """
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -38,7 +35,8 @@ class Made:
 def plan_of(rng: np.random.Generator) -> SweepPlan:
     "Three variants in blocks of one seed, in random order."
     variants = [resolve(load_study("cifar"), name, "demo") for name in VARIANTS]
-    conditions = [dict(name=v.name, variant=v.name, config_hash=v.config_hash, claim=None) for v in variants]
+    conditions = [dict(name=v.name, variant=v.name, config_hash=v.config_hash, claim=v.claim and asdict(v.claim))
+                  for v in variants]
     order = [rng.permutation(len(VARIANTS)).tolist() for _ in range(BLOCKS)]
     design = dict(study="cifar", profile="demo", conditions=conditions, seeds=list(range(BLOCKS)), repeats=1,
                   seeds_per_batch=1, stop="fixed", order=order)
@@ -200,19 +198,3 @@ def false_alarms(seed: int) -> list[str]:
     "What these checks find in clean studies, with and without a plan."
     made = planned_study(seed)
     return [f.id for each in (made, unplanned(made)) for f in run_checks("case", each.case) if f.id in OURS]
-
-
-def main(repetitions: int = 20) -> None:
-    alarms = sum(bool(false_alarms(seed)) for seed in range(repetitions))
-    print(f"clean studies with a finding of these checks: {alarms} of {repetitions}\n")
-    print(f"{'check':24} {'strength':>8} {'found':>7} {'serious':>8}")
-    for each in REGISTRY:
-        for strength in each.strengths:
-            found = [severity_of(each.make(planned_study(seed), strength, seed), each.check)
-                     for seed in range(repetitions)]
-            shares = sum(map(bool, found)) / repetitions, found.count("serious") / repetitions
-            print(f"{each.check:24} {strength:8.2f} {shares[0]:7.0%} {shares[1]:8.0%}")
-
-
-if __name__ == "__main__":
-    main(*map(int, sys.argv[1:2]))

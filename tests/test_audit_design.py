@@ -1,7 +1,7 @@
 "The design checks of the audit: quiet on clean studies, loud on mistakes that careful authors made, never an error."
-import importlib.util
 import json
 import os
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -16,6 +16,9 @@ from speedrun_nb.core.runs import read_runs
 from speedrun_nb.core.study import from_root, load_study
 from speedrun_nb.evidence.case import by_baseline, make_case
 from speedrun_nb.importing.import_ import import_runs
+
+sys.path.insert(0, str(from_root("benchmarks")))
+import audit as benchmark
 
 STUDY = load_study("cifar")
 DATA = os.environ.get("SPEEDRUN_DATA")
@@ -278,45 +281,36 @@ def test_sample_sizes(n, expected):
 
 # ---------------------------------------------------------------- mistakes put into studies
 
-def load_benchmark():
-    "benchmarks/audit.py, which makes studies and puts mistakes into them."
-    spec = importlib.util.spec_from_file_location("benchmark_of_audit", from_root("benchmarks/audit.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-BENCHMARK = load_benchmark()
 NO_MORE_THAN_A_WARNING = {"other-scipy", "outliers", "batch-effect", "two-speeds", "shared-device"}
 
 
-@pytest.mark.parametrize("name", BENCHMARK.FLAWS)
+@pytest.mark.parametrize("name", [name for name, each in benchmark.FLAWS.items() if isinstance(each, benchmark.Flaw)])
 def test_mistakes_are_found(name):
     "At twice the effect; `python benchmarks/audit.py` has more strengths and studies."
-    mistake = BENCHMARK.FLAWS[name]
-    findings = audit_case(BENCHMARK.case_of(mistake.study(2.0, 0)))
+    mistake = benchmark.FLAWS[name]
+    findings = audit_case(mistake.study(2.0, 0).case)
     severities = {f.severity for f in findings if f.id in mistake.ids}
     assert severities and ("serious" in severities or name in NO_MORE_THAN_A_WARNING)
 
 
 def test_whole_studies_that_are_clean_have_nothing_serious():
-    found, serious = BENCHMARK.alarms(8, seed=100)
+    found, serious = benchmark.alarms(8, seed=100)
     assert not serious and found
 
 
 def test_severity_follows_the_size():
     "Cold starts that make an eighth of the effect do not turn the verdict; those that make all of it do."
-    mistake = BENCHMARK.FLAWS["cold-start"]
-    weights = [audit_case(BENCHMARK.case_of(mistake.study(strength, 1))) for strength in (0.125, 1.0)]
+    mistake = benchmark.FLAWS["cold-start"]
+    weights = [audit_case(mistake.study(strength, 1).case) for strength in (0.125, 1.0)]
     small, large = ({f.severity for f in findings if f.id == "warmup-outlier"} for findings in weights)
     assert "serious" not in small and large == {"serious"}
 
 
 def test_a_flaw_on_both_sides_is_a_note():
-    made = BENCHMARK.make(BENCHMARK.Shape())
-    for record in made.records: BENCHMARK.slow(record, 0.2, lambda done: done)
-    BENCHMARK.renumber(made)
-    findings = audit_case(BENCHMARK.case_of(made))
+    made = benchmark.make(benchmark.Shape())
+    for record in made.records: benchmark.slow(record, 0.2, lambda done: done)
+    benchmark.renumber(made)
+    findings = audit_case(made.case)
     assert [f.severity for f in findings if f.id == "slow-down"] == ["note"]
 
 

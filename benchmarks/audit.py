@@ -14,13 +14,16 @@ Mistakes in plans, seeds and copies are made by audit_plans.py, beside this file
 """
 import argparse
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
-from functools import cache
+from functools import cache, partial
+from itertools import repeat
 
 import audit_plans
 import numpy as np
@@ -502,13 +505,19 @@ def other_clock(made, strength, rng):
 
 # counting
 
-def alarms(studies: int, seed: int = 0) -> tuple[Counter, Counter]:
-    "How many clean studies have a finding: by (id, severity), and any that is serious."
-    found, serious = Counter(), Counter()
-    for number in range(studies):
-        findings = audit_case(make(clean_shape(seed + number), seed + number).case)
-        found.update({(f.id, f.severity) for f in findings})
-        if any(f.severity == "serious" and not is_weighed(f.id) for f in findings): serious[seed + number] += 1
+def alarms_of(seed: int) -> tuple[set, bool]:
+    "What is found in a clean study, as (id, severity), and whether any of it is serious."
+    findings = audit_case(make(clean_shape(seed), seed).case)
+    serious = any(f.severity == "serious" and not is_weighed(f.id) for f in findings)
+    return {(f.id, f.severity) for f in findings}, serious
+
+
+def alarms(studies: int, seed: int = 0, each=map) -> tuple[Counter, list[int]]:
+    "How many clean studies have a finding, by (id, severity), and seeds of those with a serious one."
+    found, serious, seeds = Counter(), [], range(seed, seed + studies)
+    for number, (findings, is_serious) in zip(seeds, each(alarms_of, seeds), strict=True):
+        found.update(findings)
+        if is_serious: serious.append(number)
     return found, serious
 
 
@@ -518,9 +527,9 @@ def is_weighed(id: str) -> bool:
     return CHECKS[id].weighed
 
 
-def detected(mistake: Flaw | PlanFlaw, strength: float, each: int, seed: int = 0) -> dict:
+def detected(name: str, strength: float, each: int, seed: int = 0) -> dict:
     "How often a mistake of a strength is found, at which severity, and what else is serious."
-    counts, elsewhere = Counter(), Counter()
+    mistake, counts, elsewhere = FLAWS[name], Counter(), Counter()
     for number in range(each):
         findings = audit_case(mistake.study(strength, seed + number).case)
         severities = [f.severity for f in findings if f.id in mistake.ids]
@@ -541,19 +550,22 @@ def main(arguments=None) -> int:
     parser.add_argument("--each", type=int, default=20, help="studies of each mistake and strength")
     parser.add_argument("--strength", type=float, nargs="+", help="of each mistake; those that fit it by default")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that work at once")
     given = parser.parse_args(arguments)
-    console, serious = Console(width=110), Counter()
+    console, serious = Console(width=110), []
     chosen = list(FLAWS) if given.flaw is None else given.flaw
-    rows = [detected(FLAWS[name], s, given.each, given.seed) for name in chosen
-            for s in given.strength or FLAWS[name].strengths]
+    planned = [(name, strength) for name in chosen for strength in given.strength or FLAWS[name].strengths]
+    with ProcessPoolExecutor(given.jobs) as pool:
+        names, strengths = zip(*planned, strict=True) if planned else ((), ())
+        rows = list(pool.map(detected, names, strengths, repeat(given.each), repeat(given.seed)))
+        if given.studies: found, serious = alarms(given.studies, given.seed, partial(pool.map, chunksize=8))
     if rows: console.print(make_table(rows, f"Mistakes put into {given.each} studies, the share found"))
     for name in chosen: console.print(f"{name}: 1 is {FLAWS[name].of}; found by {', '.join(FLAWS[name].ids)}")
     if given.studies:
-        found, serious = alarms(given.studies, given.seed)
         table = [dict(id=id, severity=severity, studies=n, share=round(n / given.studies, 3))
                  for (id, severity), n in found.most_common()]
         console.print(make_table(table, f"Findings on {given.studies:,} clean studies"))
-        seeds = f": seeds {', '.join(map(str, list(serious)[:20]))}" if serious else ""
+        seeds = f": seeds {', '.join(map(str, serious[:20]))}" if serious else ""
         console.print(f"{len(serious)} with a serious finding that is no result{seeds}")
     return int(bool(serious))
 

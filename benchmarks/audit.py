@@ -23,7 +23,6 @@ from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import cache, partial
-from itertools import repeat
 
 import audit_plans
 import numpy as np
@@ -557,7 +556,7 @@ def main(arguments=None) -> int:
     planned = [(name, strength) for name in chosen for strength in given.strength or FLAWS[name].strengths]
     with ProcessPoolExecutor(given.jobs) as pool:
         names, strengths = zip(*planned, strict=True) if planned else ((), ())
-        rows = list(pool.map(detected, names, strengths, repeat(given.each), repeat(given.seed)))
+        rows = list(pool.map(partial(detected, each=given.each, seed=given.seed), names, strengths))
         if given.studies: found, serious = alarms(given.studies, given.seed, partial(pool.map, chunksize=8))
     if rows: console.print(make_table(rows, f"Mistakes put into {given.each} studies, the share found"))
     for name in chosen: console.print(f"{name}: 1 is {FLAWS[name].of}; found by {', '.join(FLAWS[name].ids)}")

@@ -115,11 +115,16 @@ def _there_are(comparison:Comparison)->str:
     n = comparison.basis.units
     return f"there {'is' if n == 1 else 'are'} {n}"
 
+_ON_ALL = {"supported": "established", "refuted": "excluded"}
+_VERBS = {"supported": "support", "refuted": "refute"}
+
 def on_these_machines(comparison:Comparison)->bool:
-    "Is the claim supported on several hosts, and not shown to hold on hosts of which these are a sample?"
+    "Is a claim about time decided by its effect on several hosts, and not for hosts of which these are a sample?"
     c, across = comparison, comparison.across_hosts
-    if not across or not c.claim or by_figures(c) != "supported" or c.metric.quality: return False
-    return effect_outcome(across.ci95, c.claim) != "established"
+    decided = _ON_ALL.get(by_figures(c))
+    by_guard = decided == "excluded" and c.guard is not None and c.guard.outcome == "broken"
+    if not across or not decided or by_guard or c.metric.quality: return False
+    return effect_outcome(across.ci95, c.claim) != decided
 
 # %% ../../nbs/evidence/09_verdict.ipynb #cell-17
 def headline(comparison:Comparison)->str:
@@ -131,7 +136,8 @@ def headline(comparison:Comparison)->str:
     if not c.claim:
         no_claim = f"No claim about {c.metric.label} is made for {c.variant.name}"
         return f"{no_claim}, so there is nothing to support or to refute."
-    if on_these_machines(c): return f"On these machines the runs support the claim that {claim_text(c)}."
+    if on_these_machines(c):
+        return f"On these machines the runs {_VERBS[by_figures(c)]} the claim that {claim_text(c)}."
     if enough(c) or outcome(c) != "undecided": return f"{_BEGINNINGS[outcome(c)]} {claim_text(c)}."
     needed = f"at least {count(MINIMUM, unit_of(c))}{'' if unit_of(c) in ('block', 'host') else ' on each side'}"
     return f"It is too early to say whether {claim_text(c)}: that takes {needed}, and {_there_are(c)}."

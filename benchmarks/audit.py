@@ -541,19 +541,24 @@ def detected(name: str, strength: float, each: int, seed: int = 0) -> dict:
     return dict(flaw=mistake.name, strength=strength, found=found) | shares | {"also serious": also}
 
 
+def strengths_of(mistake: Flaw | PlanFlaw, wanted: list[float] | None) -> tuple[float, ...]:
+    "Those wanted; a mistake in plans has strengths of its own, up to the whole of it."
+    return tuple(wanted) if wanted and isinstance(mistake, Flaw) else mistake.strengths
+
+
 def main(arguments=None) -> int:
     "Print both tables; fail where a clean study has a serious finding."
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--studies", type=int, default=1000, help="clean studies")
     parser.add_argument("--flaw", nargs="*", choices=[*FLAWS, []], help="only these mistakes; none: clean studies only")
     parser.add_argument("--each", type=int, default=20, help="studies of each mistake and strength")
-    parser.add_argument("--strength", type=float, nargs="+", help="of each mistake; those that fit it by default")
+    parser.add_argument("--strength", type=float, nargs="+", help="of mistakes that are not in plans; four by default")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that work at once")
     given = parser.parse_args(arguments)
     console, serious = Console(width=110), []
     chosen = list(FLAWS) if given.flaw is None else given.flaw
-    planned = [(name, strength) for name in chosen for strength in given.strength or FLAWS[name].strengths]
+    planned = [(name, strength) for name in chosen for strength in strengths_of(FLAWS[name], given.strength)]
     with ProcessPoolExecutor(given.jobs) as pool:
         names, strengths = zip(*planned, strict=True) if planned else ((), ())
         rows = list(pool.map(partial(detected, each=given.each, seed=given.seed), names, strengths))

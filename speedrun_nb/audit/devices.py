@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from .conditions import beside_baseline, brief, by_group, known, name_of, table_of
-from .findings import SEVERITIES, Finding, check, find
+from .findings import Finding, by_severity, check, find
 from .machines import NAME_THEM, speeds
 from .weight import weigh_in
 from ..core.words import count, listed
@@ -101,17 +101,15 @@ def check_shared_device(case:Case)->Iterator[Finding]:
     table = table.assign(shared=overlaps(case, table))
     shared = table[table["shared"]]
     if shared.empty: return
-    by_severity, told = {}, set()
+    weighed, told = [], set()
     for pair, base, rows in _pairs(case, table):
         if not base["shared"].any() and not rows["shared"].any(): continue
         weight = weigh_in(case, *pair, "time_seconds", _moved(base, rows, "shared"))
         names = name_of(base), name_of(rows)
-        by_severity.setdefault("serious" if weight == "serious" else "warning", []).append(names)
+        weighed.append(("serious" if weight == "serious" else "warning", names))
         told.update(names)
-    alone = [(name,) for name in sorted(known(shared["group"]) - told)]
-    if alone: by_severity.setdefault("warning", []).extend(alone)
-    for severity in sorted(by_severity, key=SEVERITIES.index):
-        yield _shared(case, severity, by_severity[severity], shared)
+    alone = [("warning", (name,)) for name in sorted(known(shared["group"]) - told)]
+    for severity, cases in by_severity(weighed + alone): yield _shared(case, severity, cases, shared)
 
 # %% ../../nbs/audit/13_one_device.ipynb #cell-14
 _PARTS = ("gpus", "cpu", "cpu_count", "memory_bytes")  # of which a machine is made
@@ -204,10 +202,7 @@ def check_one_name_two_machines(case:Case)->Iterator[Finding]:
     for host, rows in table[table["host_id"].notna()].groupby("host_id"):
         machine, told = several_machines(rows)
         if machine is None: continue
-        rows, by_severity = rows.assign(machine=machine.map(str)), {}
-        for pair, base, side in _pairs(case, rows):
-            severity = _weigh_machines(case, pair, base, side)
-            by_severity.setdefault(severity, []).append((name_of(base), name_of(side)))
-        cases = by_severity or {"warning": [(name,) for name in sorted(known(rows["group"]))]}
-        for severity in sorted(cases, key=SEVERITIES.index):
-            yield _two_machines(severity, host, told, cases[severity], rows)
+        rows = rows.assign(machine=machine.map(str))
+        weighed = [(_weigh_machines(case, *each), tuple(map(name_of, each[1:]))) for each in _pairs(case, rows)]
+        alone = [("warning", (name,)) for name in sorted(known(rows["group"]))]
+        for severity, cases in by_severity(weighed or alone): yield _two_machines(severity, host, told, cases, rows)

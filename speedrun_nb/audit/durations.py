@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import pandas as pd
 
 from .conditions import by_group, table_of
-from .findings import SEVERITIES, Finding, check, find
-from .weight import weigh_runs
+from .findings import Finding, by_severity, check, find
+from .weight import weigh_runs, worst
 from ..core.words import count, listed
 from ..evidence.case import Case
 from ..evidence.groups import Group
@@ -46,10 +46,7 @@ _MOST = 0.5  # of the runs of a group
 def _severity(case:Case, group:Group, odd:pd.Series)->str:
     "How bad it is; `odd`: which runs of the group have an impossible time."
     if odd.mean() > _MOST: return "serious"
-    weight = weigh_runs(case, group, "time_seconds", set(group.runs["run_id"][odd]))
-    return "warning" if weight is None else _at_least_warning(weight)
-
-def _at_least_warning(severity:str)->str: return "warning" if severity == "note" else severity
+    return worst(["warning", weigh_runs(case, group, "time_seconds", set(group.runs["run_id"][odd])) or "note"])
 
 # %% ../../nbs/audit/13_durations.ipynb #cell-10
 _WHAT = (
@@ -80,9 +77,8 @@ def check_impossible_time(case:Case)->Iterator[Finding]:
     "Serious where most runs of a group have such times, or where those that do could turn a verdict; else a warning."
     groups = {group.name: group for group in case.groups}
     for which, rows in enumerate(impossible(table_of(case))):
-        by_severity = {}
+        weighed = []
         for name, odd in by_group(rows).items():
             mine = groups[name].runs["run_id"].isin(odd["run_id"])
-            by_severity.setdefault(_severity(case, groups[name], mine), []).append(odd)
-        for severity in sorted(by_severity, key=SEVERITIES.index):
-            yield _impossible(severity, which, by_severity[severity])
+            weighed.append((_severity(case, groups[name], mine), odd))
+        for severity, alike in by_severity(weighed): yield _impossible(severity, which, alike)

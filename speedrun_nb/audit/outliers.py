@@ -17,7 +17,7 @@ from scipy import stats
 from scipy.ndimage import median_filter
 
 from .counted import counted, label_of, once, qualities
-from .findings import SEVERITIES, Finding, check, find
+from .findings import Finding, by_severity, check, find
 from .weight import at_most, weigh_runs
 from ..core.words import count, listed
 from ..evidence.case import Case
@@ -187,9 +187,8 @@ def check_warmup_outlier(case:Case)->Iterator[Finding]:
     "The first run of a batch is unlike the others; serious where the verdict would be another without it."
     colds = [cold for cold in cold_starts(case) if len(cold.kept)]
     runs = {run for cold in colds for run in cold.firsts["run_id"]}
-    by_severity = {}
-    for cold in colds: by_severity.setdefault(_severity(case, cold, runs), []).append(cold)
-    for severity in sorted(by_severity, key=SEVERITIES.index): yield _warmup(severity, by_severity[severity])
+    for severity, alike in by_severity((_severity(case, cold, runs), cold) for cold in colds):
+        yield _warmup(severity, alike)
 
 # %% ../../nbs/audit/10_outliers.ipynb #cell-28
 _SMALL, _FEWEST = 8, 6  # runs: batches of fewer are taken together by machine; fewer in one place tell nothing

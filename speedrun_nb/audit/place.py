@@ -15,7 +15,8 @@ import pandas as pd
 from scipy import stats
 
 from .conditions import beside_baseline, known, name_of, table_of
-from .findings import Finding, check, find
+from .counted import slopes_within
+from .findings import Finding, by_severity, check, find
 from .order import turns_by_place
 from .weight import weigh_in
 from ..core.words import count, listed, percent, rough_amount
@@ -80,11 +81,8 @@ def _slopes(sides:pd.DataFrame)->np.ndarray:
     rows = sides.dropna(subset=["when", "time_seconds"]).sort_values(["when", "order"])
     batches = rows.groupby(["group", "batch"], dropna=False)
     rows = rows[(batches.cumcount() > 0) & (batches["when"].transform("size") >= _TOLD)]
-    of_batch = rows.groupby(["group", "batch"], dropna=False)
-    x, y = (rows[name] - of_batch[name].transform("mean") for name in ("when", "time_seconds"))
-    keys = [rows["group"], rows["batch"]]
-    sums = [part.groupby(keys, dropna=False).sum() for part in (x * y, x * x)]
-    return (sums[0] / sums[1]).replace([np.inf, -np.inf], np.nan).dropna().to_numpy()
+    slopes = slopes_within(rows, ["group", "batch"], "when", "time_seconds")
+    return slopes.replace([np.inf, -np.inf], np.nan).dropna().to_numpy()
 
 # %% ../../nbs/audit/15_place.ipynb #cell-13
 def _of_both_orders(blocks:pd.DataFrame)->tuple[float, float]:
@@ -182,7 +180,5 @@ def _ordered(case:Case, severity:str, orders:list[_Order])->Finding:
 @check("order-effect", "one side was nearly always run later than the other", given="part")
 def check_order_effect(case:Case)->Iterator[Finding]:
     "Which side is later within blocks; as serious as what that can be seen to do to the difference."
-    orders = list(_orders(case))
-    for severity in ("serious", "warning", "note"):
-        alike = [order for order in orders if order.severity == severity]
-        if alike: yield _ordered(case, severity, alike)
+    for severity, alike in by_severity((order.severity, order) for order in _orders(case)):
+        yield _ordered(case, severity, alike)

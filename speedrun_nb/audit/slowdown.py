@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from .counted import counted
-from .findings import SEVERITIES, Finding, check, find
+from .counted import counted, slopes_within
+from .findings import Finding, by_severity, check, find
 from .steps import Intervals, rises_of, runs_by_number, series_of
 from .weight import mean_of, weigh_group
 from ..core.words import listed, percent, rough_amount
@@ -56,10 +56,8 @@ def _within_batches(case:Case)->pd.DataFrame:
     rows = counted(case).dropna(subset=["time_seconds"])
     rows = rows[(rows["position"] > 0) & (rows.groupby("unit")["unit"].transform("size") >= _LONG)]
     of_batch = rows.groupby("unit")
-    x, y = (rows[name] - of_batch[name].transform("mean") for name in ("position", "time_seconds"))
-    sums = pd.DataFrame(dict(unit=rows["unit"], xy=x * y, xx=x * x)).groupby("unit").sum()
-    last = of_batch["position"].max()
-    share = sums["xy"] / sums["xx"] * last / 2 / of_batch["time_seconds"].mean()
+    rise = slopes_within(rows, ["unit"], "position", "time_seconds") * of_batch["position"].max()
+    share = rise / 2 / of_batch["time_seconds"].mean()
     return pd.DataFrame(dict(group=of_batch["group"].first(), share=share)).reset_index()
 
 # %% ../../nbs/audit/08_slowdown.ipynb #cell-12
@@ -130,9 +128,8 @@ def _slowed(case:Case, severity:str, where:str, slow:list[Slowdown])->Finding:
 def check_slow_down(case:Case)->Iterator[Finding]:
     "Steady slow-down: as serious as what one side loses more than the other; a note where both suffer alike."
     for where, table in (("run", _within_runs(case)), ("batch", _within_batches(case))):
-        every, by_severity = _slowdowns(case, table), {}
-        for slow in every.values():
-            if not _is_clear(slow) or where == "run" and _is_meant(slow.group): continue
-            by_severity.setdefault(_severity(case, slow, every), []).append(slow)
-        for severity in sorted(by_severity, key=SEVERITIES.index):
-            yield _slowed(case, severity, where, by_severity[severity])
+        every = _slowdowns(case, table)
+        clear = [slow for slow in every.values() if _is_clear(slow)]
+        unmeant = [slow for slow in clear if where == "batch" or not _is_meant(slow.group)]
+        for severity, alike in by_severity((_severity(case, slow, every), slow) for slow in unmeant):
+            yield _slowed(case, severity, where, alike)

@@ -16,7 +16,7 @@ import pandas as pd
 from scipy import stats
 
 from .counted import as_numbers, column, once
-from .findings import SEVERITIES, Finding, check, find, origins
+from .findings import Finding, by_severity, check, find, origins
 from .weight import at_most, mean_of, weigh_group
 from ..core.words import count, listed
 from ..evidence.case import Case
@@ -353,7 +353,7 @@ def check_step_time_jump(case:Case)->Iterator[Finding]:
     "Slower steps: serious if they are not meant and could turn a verdict, else a warning. Faster steps: a note."
     if not series_of(case): return
     for faster in (False, True):
-        jumps, by_severity = jumps_of(case, faster), {}
+        jumps = jumps_of(case, faster)
         every = {each.group.name: each for each in jumps}
-        for each in jumps: by_severity.setdefault(_severity(case, each, every), []).append(each)
-        for severity in sorted(by_severity, key=SEVERITIES.index): yield _jump(severity, by_severity[severity])
+        for severity, alike in by_severity((_severity(case, each, every), each) for each in jumps):
+            yield _jump(severity, alike)

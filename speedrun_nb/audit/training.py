@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from .counted import as_numbers
-from .findings import SEVERITIES, Finding, check, find
+from .findings import Finding, by_severity, check, find
 from .weight import weigh_group
 from ..core.words import count, listed
 from ..evidence.case import Case
@@ -105,16 +105,16 @@ def _compiled_again(every:list[Compilation])->Finding:
 @check("compile-fallback", "part of a run was not compiled, or was compiled while it was timed")
 def check_compile_fallback(case:Case)->Iterator[Finding]:
     "Part of a run was not compiled: serious where it could turn a verdict. Compiled within the run: a warning."
-    by_severity, again = {}, []
+    fallen, again = [], []
     for group in case.groups:
         runs = _compilations(group)
         fell = runs["fallbacks"] > 0
         if fell.any():
             found = Compilation(group, runs[fell], len(runs))
-            by_severity.setdefault(_severity(case, group, found.runs), []).append(found)
+            fallen.append((_severity(case, group, found.runs), found))
         recompiled = runs[(runs["recompiles"] > 0) & ~fell]
         if len(recompiled): again.append(Compilation(group, recompiled, len(runs)))
-    for severity in sorted(by_severity, key=SEVERITIES.index): yield _fell_back(severity, by_severity[severity])
+    for severity, alike in by_severity(fallen): yield _fell_back(severity, alike)
     if again: yield _compiled_again(again)
 
 # %% ../../nbs/audit/08_training.ipynb #cell-15

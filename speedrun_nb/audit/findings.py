@@ -55,7 +55,7 @@ class Finding:
         "Plain values, ready for JSON."
         return plain(self)
 
-# %% ../../nbs/audit/00_findings.ipynb #cell-07
+# %% ../../nbs/audit/00_findings.ipynb #cell-m2
 def by_severity(
     found:Iterable[tuple[str, object]],  # severities, each with what is as bad
 )->list[tuple[str, list]]:
@@ -64,6 +64,7 @@ def by_severity(
     for severity, each in found: together.setdefault(severity, []).append(each)
     return sorted(together.items(), key=lambda pair: SEVERITIES.index(pair[0]))
 
+# %% ../../nbs/audit/00_findings.ipynb #cell-07
 def find(
     *,
     severity:str,

@@ -7,6 +7,7 @@ __all__ = ['Basis', 'Chosen', 'choose', 'choose_estimate', 'looked_at']
 
 # %% ../../nbs/evidence/05_basis.ipynb #cell-02
 import math
+import weakref
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -40,6 +41,11 @@ class Basis:
     interleaved:bool|None  # did the two sides take turns? None: nobody knows
     unused:int             # runs with a value that the estimate leaves out
     batch_effect:BatchEffect|None
+
+    @property
+    def counted(self)->str:
+        "What the estimate has one value of: block, host, batch or run."
+        return {"blocks": "block", "hosts": "host"}.get(self.method, self.unit)
 
 class Chosen(NamedTuple):
     "An estimate and what it rests on."
@@ -111,12 +117,8 @@ def _by_run(baseline:Group, variant:Group, metric:Metric)->Estimate|None:
     return welch_estimate(variant.values(metric.name), baseline.values(metric.name))
 
 # %% ../../nbs/evidence/05_basis.ipynb #cell-14
-def choose(
-    baseline:Group,
-    variant:Group,
-    metric:Metric,
-)->Chosen:
-    "The estimate that the design asks for, and what it rests on."
+def _choose(baseline:Group, variant:Group, metric:Metric)->Chosen:
+    "The estimate that the design asks for."
     runs = [len(finite(g.values(metric.name))) for g in (baseline, variant)]
     effect = batch_effect([baseline, variant], metric)
     by_batch, apart = not metric.quality or effect is not None and effect.shown, 0
@@ -128,6 +130,18 @@ def choose(
     interleaved = True if method == "blocks" else in_turns(baseline, variant)
     return Chosen(estimate, Basis(
         "batch" if by_batch else "run", method, units, apart, interleaved, unused, effect))
+
+_KEPT = weakref.WeakKeyDictionary()  # variant -> baseline -> metric -> `Chosen`
+
+def choose(
+    baseline:Group,
+    variant:Group,
+    metric:Metric,
+)->Chosen:  # kept as long as the groups are: many ask for it
+    "The estimate that the design asks for, and what it rests on."
+    kept = _KEPT.setdefault(variant, weakref.WeakKeyDictionary()).setdefault(baseline, {})
+    if metric not in kept: kept[metric] = _choose(baseline, variant, metric)
+    return kept[metric]
 
 def choose_estimate(baseline:Group, variant:Group, metric:Metric)->Estimate|RatioEstimate|None:
     "The estimate that the design asks for; None if the runs allow none."

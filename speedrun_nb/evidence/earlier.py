@@ -17,7 +17,7 @@ from ..core.errors import SpeedrunError
 from ..core.study import Metric
 from ..core.words import count, p_value, percent, significant
 from .case import Case
-from .groups import Group, numbers_of, words_of
+from .groups import Group, moments_of, numbers_of, words_of
 from speedrun_nb.stats.components import (
     PUBLISHED_RATIOS,
     USUAL_RATIO,
@@ -135,15 +135,10 @@ def spread_words(found:UnitSpread, metric:Metric, name:str, given:bool=False)->s
     return f"{metric.label}, {count(c.runs)} of {name} in {count(c.batches, 'batch')}: {words}"
 
 # %% ../../nbs/evidence/10_earlier.ipynb #cell-19
-def _moments(group:Group, name:str)->pd.Series:
-    "A column of times; NaT where it is absent."
-    absent = pd.Series(None, index=group.runs.index, dtype=object)
-    return pd.to_datetime(group.runs.get(name, absent), utc=True, format="ISO8601", errors="coerce")
-
 def seconds_of_runs(group:Group)->pd.Series:
     "What each run took in all, in seconds; NaN where no time was recorded."
     clock = pd.to_numeric(group.values("time_seconds"), errors="coerce")
-    wall = (_moments(group, "ended_at") - _moments(group, "started_at")).dt.total_seconds()
+    wall = (moments_of(group.runs, "ended_at") - moments_of(group.runs, "started_at")).dt.total_seconds()
     return wall.combine(clock, np.fmax)
 
 def seconds_per_run(group:Group)->float|None:

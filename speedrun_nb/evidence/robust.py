@@ -18,7 +18,7 @@ import pandas as pd
 from ..core.study import Metric
 from ..core.words import count, finer, half, percent, relative_amount, size, span
 from .basis import Basis, Chosen
-from .groups import Group, numbers_of, words_of
+from .groups import Group, moments_of, numbers_of, words_of
 from .units import blocks_of
 from ..stats.estimate import Estimate, RatioEstimate
 from ..stats.variance import Component, nested_components
@@ -59,7 +59,7 @@ def unit_names(
     basis:Basis,       # of the estimate, see `speedrun_nb.evidence.basis.choose`
 )->UnitNames:
     "Name the units that the estimate of a difference counts."
-    unit = {"blocks": "block", "hosts": "host"}.get(basis.method, basis.unit)
+    unit = basis.counted
     names = [_joined(group, unit) for group in (variant, baseline)]
     if unit == "run": return UnitNames(unit, *names)
     if unit == "block":
@@ -164,8 +164,7 @@ def robust_words(result:Robust)->str:
 # %% ../../nbs/evidence/06_robust.ipynb #cell-23
 def _days(group:Group)->list[str|None]:
     "The day on which each run started; None if unknown."
-    column = group.runs["started_at"] if "started_at" in group.runs else [None] * len(group.runs)
-    started = pd.to_datetime(pd.Series(column, dtype=object), utc=True, format="ISO8601", errors="coerce")
+    started = moments_of(group.runs, "started_at")
     return [None if pd.isna(moment) else str(moment.date()) for moment in started]
 
 def _nested(columns:Iterable[list])->list[str|None]:

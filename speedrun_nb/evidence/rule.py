@@ -10,9 +10,12 @@ import math
 from dataclasses import dataclass
 
 from ..core.study import Claim
+from ..stats.stopping import judge_interval
 from ..stats.tests import ALPHA
 
 # %% ../../nbs/evidence/07_rule.ipynb #cell-05
+_BETTER = {"decrease": "lower", "increase": "higher"}
+
 def effect_outcome(
     interval:tuple|None,  # 95 %, of the relative change; None as an end: open
     claim:Claim,
@@ -21,9 +24,7 @@ def effect_outcome(
     if not interval: return "open"
     low = -math.inf if interval[0] is None else interval[0]
     high = math.inf if interval[1] is None else interval[1]
-    if claim.direction == "decrease": low, high = -high, -low
-    if low >= claim.at_least and low > 0: return "established"
-    return "excluded" if high < claim.at_least else "open"
+    return str(judge_interval(low, high, claim.at_least, _BETTER[claim.direction]))
 
 # %% ../../nbs/evidence/07_rule.ipynb #cell-08
 @dataclass(frozen=True)

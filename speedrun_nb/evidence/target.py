@@ -20,7 +20,7 @@ from ..core.errors import SpeedrunError, one_of
 from ..core.study import Metric, Target
 from ..core.words import count, finer, half, percent, relative_amount, size, span
 from .basis import choose
-from .groups import Group, numbers_of, words_of
+from .groups import Group, moments_of, numbers_of, words_of
 from .robust import UnitNames, unit_names
 from ..stats.describe import finite, spread
 from speedrun_nb.stats.survival import (
@@ -206,10 +206,9 @@ def lost_records(
 def _seconds_spent(runs:pd.DataFrame)->np.ndarray:
     "(n,) On the study's clock or, without it, from start to end; NaN if neither is known."
     def column(name): return runs[name] if name in runs else pd.Series(None, index=runs.index, dtype=object)
-    def moments(name): return pd.to_datetime(column(name), utc=True, format="ISO8601", errors="coerce")
-
     clock = pd.to_numeric(column("time_seconds"), errors="coerce").astype(float)
-    return clock.fillna((moments("ended_at") - moments("started_at")).dt.total_seconds()).to_numpy(float)
+    wall = (moments_of(runs, "ended_at") - moments_of(runs, "started_at")).dt.total_seconds()
+    return clock.fillna(wall).to_numpy(float)
 
 # %% ../../nbs/evidence/07_target.ipynb #cell-48
 _WHERE = ("host_id", "sweep", "block", "batch", "started_at", "ended_at")  # where and when a run was made

@@ -15,7 +15,8 @@ import pandas as pd
 from scipy import stats
 
 from ..core.study import Metric
-from .groups import Group, numbers_of, once, words_of
+from .groups import Group, moments_of, numbers_of, once, words_of
+from ..stats.components import Summary, mean_squares_of
 from ..stats.tests import ALPHA
 
 # %% ../../nbs/evidence/01_units.ipynb #cell-07
@@ -26,18 +27,13 @@ class Units(NamedTuple):
     of_run:np.ndarray   # (runs,) position of each run's unit in the table
     table:pd.DataFrame  # one row a unit: host, sweep, block and batch (empty if not recorded), first, last (may be NaT)
 
-def _moments(group:Group, name:str)->pd.Series:
-    "(runs,) when runs started or ended, in the order of the table; NaT where unknown."
-    column = group.runs[name].to_numpy(object) if name in group.runs else [None] * len(group.runs)
-    return pd.to_datetime(pd.Series(column, dtype=object), utc=True, format="ISO8601", errors="coerce")
-
 _BELIEVED = 1e8  # seconds: a run takes no three years
 
 def _ends(group:Group, first:pd.Series)->pd.Series:
     "When runs ended; by the clock where only their start was recorded."
     seconds = pd.Series(numbers_of(group, "time_seconds"), index=first.index)
     took = pd.to_timedelta(seconds.where(seconds.abs() < _BELIEVED), unit="s")
-    ended = _moments(group, "ended_at")
+    ended = moments_of(group.runs, "ended_at").reset_index(drop=True)
     return ended.where(ended.notna(), first + took)
 
 # %% ../../nbs/evidence/01_units.ipynb #cell-08
@@ -47,7 +43,7 @@ def units_of(group:Group)->Units:
     names = [*_PLACE, "batch"]
     columns = [words_of(group, name) for name in ("host_id", "sweep", "block", "batch")]
     runs = pd.DataFrame(dict(zip(names, columns, strict=True)), dtype=object).fillna("")
-    first = _moments(group, "started_at")
+    first = moments_of(group.runs, "started_at").reset_index(drop=True)
     runs = runs.assign(first=first, last=_ends(group, first))
     units = runs.groupby(names, sort=False)
     table = units.agg(first=("first", "min"), last=("last", "max")).reset_index()
@@ -161,19 +157,13 @@ class BatchEffect:
     shown:bool        # p < 0.05
 
 # %% ../../nbs/evidence/01_units.ipynb #cell-27
-class _Cell(NamedTuple):
-    "Batches of one side on one host."
-    n:np.ndarray      # (batches,) runs
-    means:np.ndarray  # (batches,)
-    within:float      # sum of squares around the means of batches
-
-def _cells(group:Group, metric:Metric)->list[_Cell]:
+def _cells(group:Group, metric:Metric)->list[Summary]:
     "A group's batches by host."
     values, of_run = numbers_of(group, metric.name), units_of(group).of_run
     means, known = batch_means(group, metric), np.isfinite(values)
     off = values[known] - means["mean"].reindex(of_run[known]).to_numpy()
     squares = pd.Series(off**2).groupby(of_run[known]).sum()
-    return [_Cell(part["n"].to_numpy(), part["mean"].to_numpy(), float(squares[part.index].sum()))
+    return [Summary(part["n"].to_numpy(), part["mean"].to_numpy(), float(squares[part.index].sum()))
             for _, part in means.groupby("host", sort=False)]
 
 # %% ../../nbs/evidence/01_units.ipynb #cell-28
@@ -183,13 +173,11 @@ def batch_effect(
 )->BatchEffect|None:  # None if no batch has several runs, or no side several batches on a host, or runs do not differ
     "Analysis of variance of batches within sides and hosts."
     cells = [cell for group in groups for cell in _cells(group, metric)]
-    between, within = (sum(len(c.n) - 1 for c in cells), sum(int((c.n - 1).sum()) for c in cells))
-    spread = sum(c.within for c in cells)
-    if not between or not within or spread <= 0: return None
-    squares = sum(float(c.n @ (c.means - np.average(c.means, weights=c.n)) ** 2) for c in cells)
-    ms_between, ms_within = squares / between, spread / within
-    runs = sum(float(c.n.sum() - (c.n**2).sum() / c.n.sum()) for c in cells) / between  # in a batch, on average
-    p = float(stats.f.sf(ms_between / ms_within, between, within))
+    found = mean_squares_of(cells)
+    if not found.between_df or not found.within_df or found.within <= 0: return None
+    f = found.between / found.within
+    p = float(stats.f.sf(f, found.between_df, found.within_df))
     return BatchEffect(
-        ms_between / ms_within, between, within, p, sd_between=max(0.0, (ms_between - ms_within) / runs) ** 0.5,
-        sd_within=ms_within**0.5, shown=p < ALPHA)
+        f, found.between_df, found.within_df, p,
+        sd_between=max(0.0, (found.between - found.within) / found.size) ** 0.5,
+        sd_within=found.within**0.5, shown=p < ALPHA)

@@ -103,8 +103,7 @@ _BEGINNINGS = {"supported": "The runs support the claim that", "refuted": "The r
 
 def unit_of(comparison:Comparison)->str:
     "What is counted: block, host, batch or run."
-    basis = comparison.basis
-    return {"blocks": "block", "hosts": "host"}.get(basis.method, basis.unit)
+    return comparison.basis.counted
 
 def _plural(comparison:Comparison)->str:
     "The same in the plural."
